@@ -1,0 +1,175 @@
+"""The Storybook base model from nothing: `python -m train.base --config train/configs/storybook.toml`.
+
+The U-Net sees a picture mixed with noise, `x_s = (1 - s) x + s e`, predicts the clean picture `x`, and is judged by
+the velocity: `|x' - x|^2 / s^2`. Small parts (eyes, mouths) weigh more than their area. A second term routes: where a
+subject is visible, its noun should get a share of the cross-attention, elsewhere none. That teaches binding early and
+makes the model's own attention a true map of who is where; without it little of a picture hangs on the noun's value,
+which is all that a nested adapter may change later.
+"""
+
+import argparse
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from train.grids import sample_grid
+from train.loop import Batch, LoopConfig, fit
+from train.storybook.dataset import Diffusion, Pictures
+
+MIN_SIGMA = 0.05  # below this noise level the velocity's weight 1 / s^2 stops growing
+
+GRID_PROMPTS = (
+    "a drawing of a person smiling, wearing a red hoodie, in the snow",
+    "a man with glasses in a blue t-shirt on the beach",
+    "a woman with heart eyes wearing a green sweater in the forest",
+    "a cat wearing a red scarf in the city",
+    "a grumpy cat with a black hat on a pink background",
+    "a vehicle carrying a gift in the desert",
+    "a bus at night",
+    "a person and a cat on the beach",
+    "a crying man in a yellow hoodie next to a cat with a blue bow in a meadow",
+    "pixel art of a cat in space",
+    "a pencil sketch of a man wearing sunglasses in the mountains",
+    "a sepia photo of a woman and a vehicle under water",
+)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The noun's share of attention inside its subject should reach `floor`; `weight` of this term in the loss."""
+
+    floor: float = 0.25
+    weight: float = 0.2
+
+
+class WatchedCrossAttention:
+    """Plain cross-attention that leaves its probabilities, averaged over heads, in `self.seen (B, HW, L)`."""
+
+    seen: Tensor
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))  # (B * heads, HW, d)
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
+        probabilities = torch.softmax((query @ key.mT).float() * attn.scale, -1)  # (B * heads, HW, L)
+        self.seen = probabilities.unflatten(0, (-1, attn.heads)).mean(1)
+        out = attn.batch_to_head_dim(probabilities.to(value.dtype) @ value)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class TextToImage(nn.Module):
+    """U-Net and text encoder as one trainable thing: patches, noise level and token ids in; clean patches out."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        self.watched = [WatchedCrossAttention() for name in unet.attn_processors if "attn2" in name]
+        watched = iter(self.watched)
+        unet.set_attn_processor({
+            name: next(watched) if "attn2" in name else processor for name, processor in unet.attn_processors.items()
+        })  # fmt: skip
+
+    def forward(self, noisy: Tensor, sigma: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with sdpa_kernel(SDPBackend.MATH):
+            states = self.text_encoder(input_ids).last_hidden_state
+            clean = self.unet(noisy, (sigma * 1000).floor(), states).sample
+        return clean, [processor.seen for processor in self.watched]
+
+
+def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """How far the nouns' attention misses: `(loss, mean share inside the subjects)`.
+
+    `seen`: per layer `(B, HW, L)`; `names (B, S, L)` bool; `masks (B, S, H, W)`: where each subject is visible.
+    """
+    terms, shares = [], []
+    named = names.any(-1)  # (B, S): the caption names this subject
+    for layer in seen:
+        share = torch.einsum("bql,bsl->bsq", layer, names.to(layer.dtype))  # (B, S, HW)
+        side = round(layer.shape[1] ** 0.5)
+        inside = F.adaptive_avg_pool2d(masks, side).flatten(2) * named[..., None]
+        outside = (1 - F.adaptive_avg_pool2d(masks, side).flatten(2)) * named[..., None]
+        missing = (F.relu(floor - share) * inside).sum() / inside.sum().clamp(min=1)
+        leaked = (share * outside).sum() / outside.sum().clamp(min=1)
+        terms.append(missing + leaked)
+        shares.append(((share * inside).sum() / inside.sum().clamp(min=1)).detach())
+    return torch.stack(terms).mean(), torch.stack(shares).mean()
+
+
+def flow_scheduler() -> DPMSolverMultistepScheduler:
+    """The sampler of a model that predicts the clean sample of a straight path between picture and noise."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=1.5, algorithm_type="dpmsolver++", solver_order=2,
+        timestep_spacing="linspace", final_sigmas_type="zero",
+    )  # fmt: skip
+
+
+@dataclass
+class BaseTask:
+    model: TextToImage
+    tokenizer: CLIPTokenizer
+    patch: int
+    diffusion: Diffusion
+    routing: Routing
+
+    def dataset(self, length: int) -> Dataset:
+        return Pictures("train", self.tokenizer, length, self.diffusion)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        sigma = batch["sigma"][:, None, None, None]
+        noisy = (1 - sigma) * batch["pixels"] + sigma * batch["noise"]
+        ids = torch.where(batch["drop"][:, None], self.empty(batch["input_ids"]), batch["input_ids"])
+        clean, seen = model(F.pixel_unshuffle(noisy, self.patch), batch["sigma"], ids)
+        error = (F.pixel_shuffle(clean.float(), self.patch) - batch["pixels"]).square().mean(1)
+        velocity = ((error * batch["weights"]).mean((1, 2)) / batch["sigma"].clamp(min=MIN_SIGMA) ** 2).mean()
+        names = batch["names"] & ~batch["drop"][:, None, None]
+        routed, share = routing_loss(seen, names, batch["masks"], self.routing.floor)
+        logs = {"velocity": float(velocity.detach()), "routing": float(routed.detach()), "share": float(share)}
+        return velocity + self.routing.weight * routed, logs
+
+    def empty(self, like: Tensor) -> Tensor:
+        ids = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+        return ids.to(like.device)
+
+    def grid(self, model: nn.Module, path: Path) -> None:
+        assert isinstance(model, TextToImage)
+        sample_grid(model.unet, model.text_encoder, self.tokenizer, flow_scheduler(), self.patch, GRID_PROMPTS, path)
+
+
+def build(config: dict, text_run: Path) -> tuple[TextToImage, CLIPTokenizer]:
+    tokenizer = CLIPTokenizer.from_pretrained(text_run / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(text_run / "text_encoder")
+    channels = 3 * config["patch"] ** 2
+    unet = UNet2DConditionModel(
+        sample_size=config["resolution"] // config["patch"], in_channels=channels, out_channels=channels,
+        cross_attention_dim=text_encoder.config.hidden_size, **config["unet"],
+    )  # fmt: skip
+    return TextToImage(unet.to(memory_format=torch.channels_last), text_encoder), tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.base", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--text", type=Path, default=Path("runs/text"), help="folder of the finished train.text run")
+    parser.add_argument("--out", type=Path, default=Path("runs/base"))
+    options = parser.parse_args()
+    config = tomllib.loads(options.config.read_text())["base"]
+    torch.manual_seed(0)
+    model, tokenizer = build(config, options.text)
+    task = BaseTask(model, tokenizer, config["patch"], Diffusion(**config["diffusion"]), Routing(**config["routing"]))
+    loop = LoopConfig(**config["loop"])
+    fit(task, loop, options.out, {**config, "routing": asdict(task.routing)})
+
+
+if __name__ == "__main__":
+    main()
