@@ -1,0 +1,160 @@
+"""An adapter: one kind of subject for one base model, in a folder of `config.json` and `adapter.safetensors`.
+
+It holds what is trained: the Q-Former and, for every cross-attention layer of the U-Net, a nested `to_k, to_v`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nested_attention.attention import ValueNorm
+from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
+from nested_attention.errors import NestedAttentionError
+
+CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
+LayerKV = dict[str, tuple[Tensor, Tensor]]  # layer name -> nested keys and values, each (B, heads, N, d)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is.
+
+    Attributes:
+        kind: what it personalizes: "person", "cat", ...; also the default placeholder `<kind>`.
+        word: the ordinary word whose embedding the placeholder copies. One token in the base's tokenizers.
+        base: name of the base it was trained on.
+        image_encoder: folder of the frozen image encoder, relative to the adapter's, or a Hub repo id.
+        image_subfolder: where in that repo.
+        value_norm, lam: see `attention.LayerSubject`; `lam` is the default that a request may override.
+        qformer, image: sizes.
+        licence: of the weights.
+        metrics: what the training measured, for people.
+    """
+
+    kind: str
+    word: str
+    base: str
+    image_encoder: str
+    image_subfolder: str = ""
+    value_norm: ValueNorm = "none"
+    lam: float = 1.0
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    licence: str = "MIT"
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "AdapterConfig":
+        qformer, image = QFormerConfig(**content.pop("qformer")), content.pop("image")
+        image = ImageConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in image.items()})
+        return cls(**content, qformer=qformer, image=image)
+
+
+def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """The U-Net's cross-attention layers by their names in `unet.attn_processors`, in that order."""
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    return {name: unet.get_submodule(name.removesuffix(".processor")) for name in names}  # type: ignore[misc]
+
+
+class NestedLayer(nn.Module):
+    """The nested projections of one cross-attention layer; they start from the layer's own (paper, section 3.3)."""
+
+    def __init__(self, attention: Attention):
+        super().__init__()
+        self.heads = attention.heads
+        for name in ("to_k", "to_v"):
+            own = getattr(attention, name)
+            copy = nn.Linear(own.in_features, own.out_features, bias=False, device=own.weight.device)
+            copy.weight.data.copy_(own.weight)
+            self.add_module(name, copy)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`."""
+        key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_k(tokens), self.to_v(tokens)))
+        return key, value
+
+
+class Adapter(nn.Module):
+    """Q-Former and nested projections for one U-Net."""
+
+    def __init__(self, config: AdapterConfig, unet: UNet2DConditionModel):
+        super().__init__()
+        layers = cross_attention_layers(unet)
+        width = next(iter(layers.values())).to_k.in_features
+        if config.qformer.output_dim != width:
+            raise NestedAttentionError(
+                f"the {config.kind} adapter makes tokens of width {config.qformer.output_dim}, but this base model has {width}; "
+                f"it was made for the base {config.base!r}."
+            )
+        self.config = config
+        self.names = tuple(layers)
+        self.qformer = QFormer(config.qformer)
+        self.layers = nn.ModuleList(NestedLayer(attention) for attention in layers.values())
+        self.revision = ""  # content hash of the weights file, once loaded or saved
+
+    def project(self, tokens: Tensor) -> LayerKV:
+        """Subject tokens `(B, N, C)` -> keys and values of every layer. They do not depend on the step."""
+        return {name: layer(tokens) for name, layer in zip(self.names, self.layers, strict=True)}
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Writes the folder; an interrupted save leaves the old file whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / (WEIGHTS + ".new")
+        save_file({name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}, fresh)
+        fresh.replace(folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, unet: UNet2DConditionModel) -> "Adapter":
+        """Reads an adapter folder for this U-Net, on its device and in its dtype.
+
+        Raises:
+            NestedAttentionError: a file is missing or damaged, or the adapter was made for another base.
+        """
+        adapter = cls(read_config(folder), unet)
+        path = folder / WEIGHTS
+        tensors = read_weights(path)
+        wanted = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        if wanted != found:
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise NestedAttentionError(
+                f"{path} does not fit this base model: {len(wrong)} tensors differ, first {wrong[0]} "
+                f"(needed {wanted.get(wrong[0])}, found {found.get(wrong[0])}); it was made for the base {adapter.config.base!r}."
+            )
+        adapter.load_state_dict(tensors)
+        adapter.revision = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return adapter.to(unet.device, unet.dtype).eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    path = folder / CONFIG
+    try:
+        return AdapterConfig.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; get it back with `git checkout -- {folder}` or download it again.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise NestedAttentionError(f"{path} is damaged ({error}); get it back with `git checkout -- {path}` or download it again.") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise NestedAttentionError(f"the weights file {path} is missing; get it back with `git checkout -- {path}` or download it again.") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise NestedAttentionError(f"the weights file {path} is damaged or cut off ({error}); get it back with `git checkout -- {path}` or download it again.") from error
+
+
+def list_adapters(folder: Path) -> dict[str, Path]:
+    """Kind -> adapter folder, for all adapters below `folder`."""
+    return {read_config(path.parent).kind: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}

@@ -1,0 +1,234 @@
+"""The pipeline: load a base model and its adapters, encode subjects, generate, watch it happen.
+
+The loaded pipeline is never changed by a request: each gets its own scheduler and its own stock diffusers pipeline
+object around the shared modules, and carries its subjects in `cross_attention_kwargs`.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from nested_attention.adapters import Adapter
+from nested_attention.attention import NestedAttnProcessor
+from nested_attention.bases import Base
+from nested_attention.condition import NestedCondition
+from nested_attention.encoding import ImageEncoders, encode_image
+from nested_attention.errors import Cancelled, NestedAttentionError
+from nested_attention.images import ImageSource, read_image
+from nested_attention.loading import load_adapters, load_base
+from nested_attention.preview import preview
+from nested_attention.prompts import PLACEHOLDER, Prompt, fill
+from nested_attention.settings import MAX_SUBJECTS, Settings
+from nested_attention.subjects import Subject, SubjectCache
+from nested_attention.tracing import active_trace
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result: `images`, image k drawn with seed `settings.seed + k`, and the settings that repeat it."""
+
+    images: list[Image.Image]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` is done; `previews()` decodes what the pictures look like so far."""
+
+    step: int
+    steps: int
+    previews: Callable[[], list[Image.Image]]
+
+
+class NestedAttentionPipeline:
+    """A base model with its adapters. Use `from_pretrained`."""
+
+    def __init__(self, base: Base, stock: DiffusionPipeline, adapters: Mapping[str, Adapter], folders: Mapping[str, Path]):
+        self.base, self.stock, self.adapters = base, stock, dict(adapters)
+        self.image_encoders = ImageEncoders(folders, stock.unet.device, stock.unet.dtype)
+        self.cache = SubjectCache()
+        stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str = "storybook", adapter: str | Path | None = None,
+        device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    ) -> "NestedAttentionPipeline":  # fmt: skip
+        """Loads a base model by name, with the adapters that come along or the one in the folder `adapter`.
+
+        `device`: CUDA where there is one, then MPS, then CPU. `dtype`: float16 on a GPU, float32 on CPU.
+
+        Raises:
+            NestedAttentionError: unknown base, missing or damaged files.
+        """
+        preset, stock = load_base(base, device, dtype)
+        folders, adapters = load_adapters(preset, stock.unet, adapter)
+        return cls(preset, stock, adapters, folders)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of subject that can be encoded."""
+        return tuple(self.adapters)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stock.unet.device
+
+    def encode(
+        self, kind: str, images: ImageSource | Sequence[ImageSource], placeholder: str | None = None, strength: float = 1.0,
+        lam: float | None = None, token_weight: float = 1.0, cache: SubjectCache | None = None,
+    ) -> Subject:  # fmt: skip
+        """One or several pictures of a subject -> what stands for its placeholder.
+
+        Args:
+            kind: one of `kinds`.
+            images: pictures, paths or bytes of one and the same subject.
+            placeholder: how the prompt names it; `<kind>` if not given.
+            strength, lam, token_weight: see `Subject`; `lam` defaults to the adapter's.
+            cache: encoded pictures are looked up and kept here; the pipeline's own cache if not given.
+
+        Raises:
+            NestedAttentionError: unknown kind, unusable picture, or a setting out of range.
+        """
+        if kind not in self.adapters:
+            raise NestedAttentionError(f"there is no adapter for {kind!r}; this pipeline knows {', '.join(self.kinds) or 'none'}.")
+        adapter = self.adapters[kind]
+        placeholder = (placeholder or f"<{kind}>").lower()
+        if not PLACEHOLDER.fullmatch(placeholder):
+            raise NestedAttentionError(f"{placeholder!r} is no placeholder; write a word in angle brackets, for instance <{kind}>.")
+        sources = [images] if not isinstance(images, Sequence) or isinstance(images, str | bytes) else list(images)
+        if not sources:
+            raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
+        pictures = [read_image(source) for source in sources]
+        encoder = self.image_encoders.get(adapter.config)
+        encoded = tuple(encode_image(picture, adapter, encoder, self.cache if cache is None else cache) for picture in pictures)
+        return Subject(
+            placeholder, kind, adapter.config.word, encoded, strength, adapter.config.lam if lam is None else lam,
+            token_weight, adapter.config.value_norm,
+        )  # fmt: skip
+
+    def __call__(
+        self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None, **settings: Any
+    ) -> Generation:
+        """Generates pictures of `prompt` with `subjects` in it.
+
+        Args:
+            prompt: names every subject by its placeholder. A placeholder that occurs twice means the same subject twice.
+            subjects: up to four, each with its own placeholder.
+            callback: called after every step; it may raise `Cancelled` to stop.
+            settings: negative_prompt, num_images, steps, guidance_scale, seed, height, width; see `Settings`.
+
+        Raises:
+            NestedAttentionError: a setting is out of range, or placeholders and subjects do not match.
+        """
+        checked = Settings.checked(self.base, prompt, **settings)
+        filled = fill(prompt, words_of(subjects))
+        columns = [self._columns(filled, subject) for subject in subjects]
+        condition = self._condition(checked, subjects, columns)
+        images = self._run(checked, filled.text, condition, callback)
+        return Generation(images, checked)
+
+    def stream(self, prompt: str, subjects: Sequence[Subject] = (), **settings: Any) -> Iterator[Progress | Generation]:
+        """The same as a call, but yields `Progress` after every step, and the `Generation` last.
+
+        Closing the iterator cancels the work after the step that is under way.
+        """
+        events: queue.Queue[Progress | Generation | BaseException] = queue.Queue()
+        stop = threading.Event()
+
+        def report(progress: Progress) -> None:
+            if stop.is_set():
+                raise Cancelled
+            events.put(progress)
+
+        def work() -> None:
+            try:
+                events.put(self(prompt, subjects, callback=report, **settings))
+            except BaseException as error:
+                events.put(error)
+
+        worker = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+        worker.start()
+        try:
+            while not isinstance(event := events.get(), Generation):
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+            yield event
+        finally:
+            stop.set()
+            worker.join()
+
+    def _columns(self, filled: Prompt, subject: Subject) -> tuple[int, ...]:
+        columns = filled.columns(subject.placeholder, self.stock.tokenizer)
+        if len(columns) < len(filled.spans[subject.placeholder]):
+            limit = self.stock.tokenizer.model_max_length - 2
+            raise NestedAttentionError(f"{subject.placeholder} stands behind the {limit} words that the text encoder reads; move it forward or shorten the prompt.")
+        return columns
+
+    def _condition(self, settings: Settings, subjects: Sequence[Subject], columns: Sequence[tuple[int, ...]]) -> NestedCondition:
+        layers: dict[str, list] = {}
+        for subject, places in zip(subjects, columns, strict=True):
+            mask = torch.zeros(1, self.stock.tokenizer.model_max_length, device=self.device)
+            mask[0, list(places)] = 1.0
+            for name, layer in subject.layer_subjects(mask).items():
+                layers.setdefault(name, []).append(layer)
+        recorder = None
+        if (maps := active_trace(self)) is not None:
+            scale = self.stock.vae_scale_factor
+            recorder = maps.begin((settings.height // scale, settings.width // scale), settings.steps, subjects, columns)
+        return NestedCondition(settings.num_images, layers, recorder)
+
+    def _run(
+        self, settings: Settings, text: str, condition: NestedCondition, callback: Callable[[Progress], None] | None
+    ) -> list[Image.Image]:
+        stock = own_copy(self.stock)
+
+        def after_step(_: object, step: int, timestep: object, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if condition.recorder is not None:
+                condition.recorder.step = step + 1
+            if callback is not None:
+                latents = kwargs["latents"]
+                callback(Progress(step + 1, settings.steps, lambda: preview(stock, latents)))
+            return kwargs
+
+        generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.num_images)]
+        return stock(
+            prompt=text, negative_prompt=settings.negative_prompt, height=settings.height, width=settings.width,
+            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+            num_images_per_prompt=settings.num_images, generator=generators,
+            cross_attention_kwargs={"nested": condition}, callback_on_step_end=after_step,
+        ).images  # fmt: skip
+
+
+def words_of(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Placeholder -> word, checked.
+
+    Raises:
+        NestedAttentionError: more than four subjects, or two with the same placeholder.
+    """
+    if len(subjects) > MAX_SUBJECTS:
+        raise NestedAttentionError(f"{len(subjects)} subjects were given; at most {MAX_SUBJECTS} fit into one picture.")
+    words = {subject.placeholder: subject.word for subject in subjects}
+    if len(words) < len(subjects):
+        names = [subject.placeholder for subject in subjects]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise NestedAttentionError(f"two subjects are called {twice}; give each its own placeholder, for instance {twice[:-1]}2>.")
+    return words
+
+
+def own_copy(stock: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline object of a request's own: the shared modules, a fresh scheduler, no progress bar."""
+    parts = dict(stock.components, scheduler=type(stock.scheduler).from_config(stock.scheduler.config))
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    own = type(stock)(**parts, **extra)
+    own.set_progress_bar_config(disable=True)
+    return own

@@ -1,0 +1,203 @@
+"""Seeing where attention went: `with trace(pipe) as maps: pipe(...)`.
+
+Everything shown is a probability, a running mean over heads, layers and steps, on the conditional half only:
+
+    outer  A(q, l)       how query q divides its attention among the words l; the subject's column is a_s(q)
+    nested alpha(q, n)   which of the subject's tokens n answers at q
+    lens   rho(q, p)     = sum_n alpha(q, n) beta(n, p): which patch p of the reference answers at q
+
+Means are kept per resolution and third of the steps. Storing every map of one SDXL picture would take 101 GB. A map is
+a claim about routing, not about cause: to check it, mute the tokens (`Subject.muted`) and generate again.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nested_attention.attention import LayerSubject, nested_probabilities, outer_probabilities
+from nested_attention.errors import NestedAttentionError
+
+if TYPE_CHECKING:
+    from nested_attention.pipeline import NestedAttentionPipeline
+    from nested_attention.subjects import Subject
+
+THIRDS = (0, 1, 2)
+Grid = tuple[int, int]
+Key = tuple[Grid, int]  # resolution of the feature map, third of the steps
+
+
+class Mean:
+    """A running mean of tensors of one shape."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, value: Tensor) -> None:
+        self.total = value.float().clone() if self.total is None else self.total.add_(value.float())
+        self.count += 1
+
+
+def combined(means: Sequence[Mean]) -> Tensor:
+    """The mean over everything that was added to any of `means`."""
+    return torch.stack([mean.total for mean in means if mean.total is not None]).sum(0) / sum(mean.count for mean in means)
+
+
+@dataclass
+class Recorder:
+    """Collects the maps of one request.
+
+    `grid`: height and width of the latent; `steps`: their number; `step`: set by the pipeline as it goes.
+    """
+
+    grid: Grid
+    steps: int
+    step: int = 0
+    outer: dict[Key, Mean] = field(default_factory=dict)
+    nested: dict[tuple[Key, int], Mean] = field(default_factory=dict)
+    values: dict[tuple[Key, int], tuple[str, Mean, Mean]] = field(default_factory=dict)
+
+    def resolution(self, pixels: int) -> Grid:
+        """The grid that a layer of `pixels` queries works on."""
+        height, width = self.grid
+        while height * width > pixels:
+            height, width = -(-height // 2), -(-width // 2)
+        return height, width
+
+    @torch.no_grad()
+    def record(self, layer: str, query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> None:
+        where = self.resolution(query.shape[2]), min(2, 3 * self.step // self.steps)
+        self.outer.setdefault(where, Mean()).add(outer_probabilities(query, key, subjects).mean(1))
+        for which, subject in enumerate(subjects):
+            nested = nested_probabilities(query, subject)
+            self.nested.setdefault((where, which), Mean()).add(nested.mean(1))
+            name, query_values, words = self.values.setdefault((where, which), (layer, Mean(), Mean()))
+            if name == layer:  # values of different layers live in different spaces: the first of each resolution
+                query_values.add(subject.scaled(nested @ subject.value, value).transpose(1, 2).flatten(2))
+                share = subject.columns / subject.columns.sum(1, keepdim=True)
+                words.add((share.to(value.dtype)[:, None, None] @ value).transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class SubjectMaps:
+    """The maps of one subject. `resolution`: one of `Trace.resolutions`, or None for all, enlarged to the finest.
+
+    `third`: 0, 1, 2 for the beginning, middle and end of the steps, or None for all of them.
+    """
+
+    recorder: Recorder
+    subject: "Subject"
+    index: int
+    columns: tuple[int, ...]
+
+    def outer(self, layer: str | Grid = "mean", third: int | None = None) -> Tensor:
+        """a_s: the share of attention that the subject's word gets, `(images, H, W)`, each in 0..1.
+
+        With the shares of all other words it sums to 1. `layer`: "mean" over all, or a resolution.
+        """
+        grid = None if layer == "mean" else layer
+        assert not isinstance(grid, str)
+        return self.words(grid, third)[..., list(self.columns)].sum(-1)
+
+    def words(self, resolution: Grid | None = None, third: int | None = None) -> Tensor:
+        """A: the shares of all words, `(images, H, W, L)`; rows sum to 1."""
+        return _gather(self.recorder.outer, resolution, third)
+
+    def nested(self, resolution: Grid | None = None, third: int | None = None) -> Tensor:
+        """alpha: which subject token answers where, `(images, H, W, N)`; rows sum to 1."""
+        mine = {key: mean for (key, which), mean in self.recorder.nested.items() if which == self.index}
+        return _gather(mine, resolution, third)
+
+    def lens(self, resolution: Grid | None = None, third: int | None = None) -> Tensor:
+        """rho: which patch of the reference pictures answers where, `(images, H, W, P)`; rows sum to 1.
+
+        Patches of several reference pictures follow each other.
+        """
+        return self.nested(resolution, third) @ self.subject.reading().to(self.recorder_device())
+
+    def values(self, resolution: Grid, third: int | None = None) -> tuple[Tensor, Tensor]:
+        """V_q[s] of the first layer with this resolution, `(images, H, W, C)`, and the plain word's V[s], `(C,)`."""
+        height, width = resolution
+        found = [
+            content[1:] for ((grid, part), which), content in self.recorder.values.items()
+            if which == self.index and grid == resolution and third in (None, part)
+        ]  # fmt: skip
+        query_values = combined([pair[0] for pair in found])
+        return query_values.unflatten(1, (height, width)), combined([pair[1] for pair in found])[0, 0]
+
+    def recorder_device(self) -> torch.device:
+        return next(mean.total.device for mean in self.recorder.outer.values() if mean.total is not None)
+
+
+def _gather(means: dict[Key, Mean], resolution: Grid | None, third: int | None) -> Tensor:
+    """`(images, H, W, K)`: the mean over what was asked for, coarser grids enlarged to the finest (still sums to 1)."""
+    finest = resolution or max(grid for grid, _ in means)
+    out = []
+    for grid in sorted({grid for grid, _ in means}):
+        if resolution in (None, grid):
+            mean = combined([mean for (g, part), mean in means.items() if g == grid and third in (None, part)])
+            picture = mean.unflatten(1, grid).permute(0, 3, 1, 2)  # (images, K, h, w)
+            out.append(F.interpolate(picture, size=finest, mode="nearest").permute(0, 2, 3, 1))
+    return torch.stack(out).mean(0)
+
+
+class Trace:
+    """The maps of the last generation inside a `with trace(...)` block."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self._subjects: dict[str, tuple[int, Subject, tuple[int, ...]]] = {}
+
+    def begin(self, grid: Grid, steps: int, subjects: "Sequence[Subject]", columns: Sequence[tuple[int, ...]]) -> Recorder:
+        """Called by the pipeline when a generation starts."""
+        self.recorder = Recorder(grid, steps)
+        self._subjects = {s.placeholder: (k, s, c) for k, (s, c) in enumerate(zip(subjects, columns, strict=True))}
+        return self.recorder
+
+    @property
+    def resolutions(self) -> tuple[Grid, ...]:
+        """Grids of the layers that were seen, finest first."""
+        seen = {grid for grid, _ in self.recorder.outer} if self.recorder else set()
+        return tuple(sorted(seen, reverse=True))
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(self._subjects)
+
+    def subject(self, placeholder: str) -> SubjectMaps:
+        """The maps of one subject of the traced generation, for instance `maps.subject("<person>")`.
+
+        Raises:
+            NestedAttentionError: nothing was generated with this subject inside the block.
+        """
+        if self.recorder is None or placeholder not in self._subjects:
+            known = ", ".join(self._subjects) or "none"
+            raise NestedAttentionError(f"no maps of {placeholder} were traced (traced subjects: {known}); generate with it inside the block.")
+        index, subject, columns = self._subjects[placeholder]
+        return SubjectMaps(self.recorder, subject, index, columns)
+
+
+_active: ContextVar[tuple[object, Trace] | None] = ContextVar("nested_attention_trace", default=None)
+
+
+@contextmanager
+def trace(pipe: "NestedAttentionPipeline") -> Iterator[Trace]:
+    """Traces what `pipe` generates inside the block, in this thread or task only."""
+    maps = Trace()
+    token = _active.set((pipe, maps))
+    try:
+        yield maps
+    finally:
+        _active.reset(token)
+
+
+def active_trace(pipe: object) -> Trace | None:
+    """The trace that is open for `pipe` in the current context, if any."""
+    active = _active.get()
+    return active[1] if active is not None and active[0] is pipe else None

@@ -1,0 +1,236 @@
+"""The pipeline on tiny real SD and SDXL components."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
+from nested_attention.attention import plain
+from nested_attention.condition import NestedCondition
+from nested_attention.pipeline import Generation
+from tests import tiny
+
+PROMPT = "a drawing of <person> and <cat> on the beach"
+
+
+def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def pixels(out: Generation) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in out.images]).astype(int)
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def pipe(request: pytest.FixtureRequest) -> NestedAttentionPipeline:
+    return tiny.pipeline(request.param)
+
+
+def both(pipe: NestedAttentionPipeline, **knobs: float) -> list:
+    return [pipe.encode("person", photo(1), **knobs), pipe.encode("cat", [photo(2), photo(3)], **knobs)]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_no_subject_is_stock_diffusers_bit_for_bit(pipe: NestedAttentionPipeline, guidance_scale: float) -> None:
+    ours = pipe("a man on the beach", steps=3, seed=5, guidance_scale=guidance_scale)
+    name = "sdxl" if hasattr(pipe.stock, "text_encoder_2") else "sd"
+    generators = [torch.Generator().manual_seed(5)]
+    stock = tiny.stock(name)(
+        "a man on the beach", negative_prompt="", height=32, width=32, num_inference_steps=3, guidance_scale=guidance_scale, generator=generators
+    )
+    assert np.array_equal(np.asarray(ours.images[0]), np.asarray(stock.images[0]))
+
+
+def test_strength_zero_is_the_ordinary_word(pipe: NestedAttentionPipeline) -> None:
+    without = pipe("a drawing of person and cat on the beach", seed=3)
+    zero = pipe(PROMPT, both(pipe, strength=0.0), seed=3)
+    one = pipe(PROMPT, both(pipe), seed=3)
+    assert abs(pixels(without) - pixels(zero)).max() <= 1
+    assert abs(pixels(without) - pixels(one)).max() > 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_plain_form_gives_the_same_picture(
+    pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch, guidance_scale: float, height: int, width: int
+) -> None:
+    settings = {"seed": 1, "num_images": 2, "guidance_scale": guidance_scale, "height": height, "width": width}
+    fast = pipe(PROMPT, both(pipe), **settings)
+    monkeypatch.setattr(NestedCondition, "__post_init__", lambda self: setattr(self, "form", plain), raising=False)
+    assert abs(pixels(fast) - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
+
+
+def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:
+    """With guidance below 1 only the conditional half runs; with guidance the other half sees no subject at all."""
+    seen: list[int] = []
+    original = NestedCondition.attend
+
+    def attend(self, layer, query, *rest):
+        seen.append(query.shape[0])
+        return original(self, layer, query, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NestedCondition, "attend", attend)
+        pipe(PROMPT, both(pipe), steps=1, num_images=3, guidance_scale=5.0)
+    assert set(seen) == {3}
+
+
+def test_images_of_a_batch_are_the_images_of_their_seeds(pipe: NestedAttentionPipeline) -> None:
+    batch = pixels(pipe(PROMPT, both(pipe), seed=10, num_images=3))
+    single = pixels(pipe(PROMPT, both(pipe), seed=12))
+    assert abs(batch[2] - single[0]).max() <= 1
+    assert np.array_equal(batch, pixels(pipe(PROMPT, both(pipe), seed=10, num_images=3)))
+
+
+def test_second_use_of_a_picture_encodes_and_projects_nothing(pipe: NestedAttentionPipeline) -> None:
+    calls: list[str] = []
+    encoder = pipe.image_encoders.get(pipe.adapters["person"].config)
+    hooks = [encoder.register_forward_hook(lambda *_: calls.append("encoder"))]
+    hooks += [layer.register_forward_hook(lambda *_: calls.append("projection")) for layer in pipe.adapters["person"].layers]
+    cache = SubjectCache()
+    first = pipe.encode("person", photo(7), cache=cache)
+    once = len(calls)
+    second = pipe.encode("person", photo(7), strength=0.5, cache=cache)
+    pipe("<person> in the snow", [second], steps=2)
+    for hook in hooks:
+        hook.remove()
+    assert once == 1 + len(pipe.adapters["person"].layers)
+    assert len(calls) == once and second.images == first.images
+
+
+def test_cache_forgets_the_least_recently_used(pipe: NestedAttentionPipeline) -> None:
+    size = pipe.encode("person", photo(0)).images[0].bytes
+    cache = SubjectCache(max_bytes=2 * size)
+    for seed in (0, 1, 0, 2):
+        pipe.encode("person", photo(seed), cache=cache)
+    keys = [cache.key(pipe.encode("person", photo(seed)).images[0].picture, "person") for seed in (0, 1, 2)]
+    assert [cache.get(key) is not None for key in keys] == [True, False, True]
+
+
+def test_two_requests_at_once_never_meet(pipe: NestedAttentionPipeline) -> None:
+    requests = [
+        ("<person> in the snow", [pipe.encode("person", photo(1))], {"seed": 1, "steps": 6}),
+        ("a drawing of <cat> and <person>", both(pipe, strength=0.7), {"seed": 2, "steps": 4, "guidance_scale": 6.0}),
+    ]
+    alone = [pixels(pipe(prompt, subjects, **settings)) for prompt, subjects, settings in requests]
+    together: dict[int, np.ndarray] = {}
+    start = threading.Barrier(2)
+
+    def work(k: int) -> None:
+        prompt, subjects, settings = requests[k]
+        start.wait()
+        with trace(pipe) as maps:
+            together[k] = pixels(pipe(prompt, subjects, **settings))
+        assert set(maps.placeholders) == {subject.placeholder for subject in subjects}
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(alone[k], together[k]) for k in (0, 1))
+
+
+def test_order_of_subjects_does_not_matter(pipe: NestedAttentionPipeline) -> None:
+    subjects = both(pipe)
+    assert abs(pixels(pipe(PROMPT, subjects, seed=4)) - pixels(pipe(PROMPT, subjects[::-1], seed=4))).max() <= 1
+
+
+def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPipeline) -> None:
+    subjects = both(pipe)
+    without = pixels(pipe(PROMPT, subjects, seed=8, num_images=2, height=48))
+    with trace(pipe) as maps:
+        traced = pixels(pipe(PROMPT, subjects, seed=8, num_images=2, height=48))
+    assert np.array_equal(without, traced)
+    cat = maps.subject("<cat>")
+    for third in (None, 0, 1, 2):
+        outer = cat.outer(third=third)
+        assert outer.shape == (2, *maps.resolutions[0]) and 0 <= outer.min() and outer.max() <= 1
+        for rows in (cat.words(third=third), cat.nested(third=third), cat.lens(third=third)):
+            torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-4, rtol=0)
+    assert cat.nested().shape[-1] == 12  # two pictures of six tokens
+    resolution = maps.resolutions[-1]
+    assert cat.outer(layer=resolution).shape == (2, *resolution)
+    values, word = cat.values(resolution)
+    assert values.shape[:3] == (2, *resolution) and word.shape == values.shape[3:]
+    with pytest.raises(NestedAttentionError, match="<dog>"):
+        maps.subject("<dog>")
+
+
+def test_stream_reports_every_step_and_ends_with_the_result(pipe: NestedAttentionPipeline) -> None:
+    events = list(pipe.stream(PROMPT, both(pipe), seed=3, steps=3))
+    assert [event.step for event in events[:-1] if isinstance(event, Progress)] == [1, 2, 3]
+    assert isinstance(events[0], Progress) and events[0].previews()[0].size == (32, 32)
+    assert isinstance(events[-1], Generation)
+    assert np.array_equal(pixels(events[-1]), pixels(pipe(PROMPT, both(pipe), seed=3, steps=3)))
+
+
+def test_closing_a_stream_cancels(pipe: NestedAttentionPipeline) -> None:
+    stream = pipe.stream(PROMPT, both(pipe), steps=100)
+    next(stream)
+    stream.close()
+    assert threading.active_count() < 20
+    with pytest.raises(Cancelled):
+        pipe("a cat", callback=lambda progress: (_ for _ in ()).throw(Cancelled()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kinds", "words"),
+    [
+        ("a man on the beach", ["person"], "does not say where <person>"),
+        ("<person> and <cat>", ["person"], "names <cat>"),
+        ("<dog> on the beach", [], "no subject was given"),
+        ("word " * 60 + "<person>", ["person"], "move it forward"),
+        ("<person>", ["person", "person"], "two subjects are called <person>"),
+        ("   ", [], "prompt is empty"),
+        ("a" * 5000, [], "5000 characters"),
+    ],
+)
+def test_prompts_that_do_not_fit_say_why(pipe: NestedAttentionPipeline, prompt: str, kinds: list[str], words: str) -> None:
+    with pytest.raises(NestedAttentionError, match=words):
+        pipe(prompt, [pipe.encode(kind, photo(1)) for kind in kinds])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0}, {"steps": 2.5}, {"steps": "ten"}, {"num_images": 9}, {"guidance_scale": -1}, {"guidance_scale": float("nan")},
+        {"seed": -1}, {"seed": 2**40}, {"height": 33}, {"width": 4096},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(pipe: NestedAttentionPipeline, settings: dict) -> None:
+    with pytest.raises(NestedAttentionError, match=next(iter(settings))):
+        pipe("a cat", **settings)
+
+
+@pytest.mark.parametrize("knobs", [{"strength": -0.1}, {"strength": 9}, {"lam": 99}, {"token_weight": 0}, {"strength": "much"}])
+def test_knobs_out_of_range_are_named(pipe: NestedAttentionPipeline, knobs: dict) -> None:
+    with pytest.raises(NestedAttentionError, match=next(iter(knobs))):
+        pipe.encode("person", photo(1), **knobs)
+
+
+def test_unknown_kind_and_bad_placeholder(pipe: NestedAttentionPipeline) -> None:
+    with pytest.raises(NestedAttentionError, match="dragon.*person, cat"):
+        pipe.encode("dragon", photo(1))
+    with pytest.raises(NestedAttentionError, match="angle brackets"):
+        pipe.encode("person", photo(1), placeholder="ada")
+    with pytest.raises(NestedAttentionError, match="at least one"):
+        pipe.encode("person", [])
+
+
+def test_a_placeholder_said_twice_means_the_subject_twice(pipe: NestedAttentionPipeline) -> None:
+    with trace(pipe) as maps:
+        pipe("<person> next to <person>", [pipe.encode("person", photo(1))], steps=1)
+    assert len(maps.subject("<person>").columns) == 2
+
+
+def test_a_muted_token_never_answers(pipe: NestedAttentionPipeline) -> None:
+    subject = pipe.encode("person", photo(1)).but(muted=frozenset({0, 3}))
+    with trace(pipe) as maps:
+        pipe("<person>", [subject], steps=1)
+    assert maps.subject("<person>").nested()[..., [0, 3]].max() == 0
+    with pytest.raises(NestedAttentionError, match="muted"):
+        subject.but(muted=frozenset(range(6)))

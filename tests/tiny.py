@@ -1,0 +1,103 @@
+"""Tiny real components: the architectures of SD and SDXL with random weights, and adapters for them."""
+
+from functools import cache
+
+import torch
+from diffusers import (
+    AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel,
+)  # fmt: skip
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from nested_attention import NestedAttentionPipeline
+from nested_attention.adapters import Adapter, AdapterConfig
+from nested_attention.bases import Base
+from nested_attention.encoder import ImageConfig, QFormerConfig
+from train.text import build_tokenizer
+
+WIDTH = 32
+ARCHITECTURES = ("sd", "sdxl")
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    return build_tokenizer(600)
+
+
+def text_config() -> CLIPTextConfig:
+    words = tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=words.model_max_length, projection_dim=WIDTH, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.eos_token_id,
+    )  # fmt: skip
+
+
+def stock(architecture: str) -> DiffusionPipeline:
+    """A stock diffusers pipeline: 32 x 32 pictures (16 x 16 latents), three cross-attention resolutions or two."""
+    torch.manual_seed(0)
+    sdxl = architecture == "sdxl"
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D" if sdxl else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D" if sdxl else "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4), cross_attention_dim=2 * WIDTH if sdxl else WIDTH, use_linear_projection=sdxl,
+        transformer_layers_per_block=(1, 2) if sdxl else 1,
+        **({"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 48 + WIDTH} if sdxl else {}),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    first = CLIPTextModel(text_config())
+    if sdxl:
+        second = CLIPTextModelWithProjection(text_config())
+        parts = {"text_encoder_2": second, "tokenizer_2": tokenizer(), "add_watermarker": False}
+        made: DiffusionPipeline = StableDiffusionXLPipeline(
+            vae=vae, text_encoder=first, tokenizer=tokenizer(), unet=unet, scheduler=scheduler, **parts
+        )
+    else:
+        made = StableDiffusionPipeline(
+            vae=vae, text_encoder=first, tokenizer=tokenizer(), unet=unet, scheduler=scheduler, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    for part in made.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return made
+
+
+def vision() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=16
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def adapter(unet: UNet2DConditionModel, kind: str, **changes) -> Adapter:
+    torch.manual_seed(sum(map(ord, kind)))
+    width = unet.config.cross_attention_dim
+    config = AdapterConfig(
+        kind=kind, word=kind, base="tiny", image_encoder="vision", image=ImageConfig(size=32),
+        qformer=QFormerConfig(num_tokens=6, width=32, depth=2, heads=2, head_dim=16, feature_dim=WIDTH, output_dim=width), **changes,
+    )  # fmt: skip
+    made = Adapter(config, unet)
+    for layer in made.layers:  # a trained adapter is not a copy of the layer
+        for projection in (layer.to_k, layer.to_v):
+            projection.weight.data += 0.3 * torch.randn_like(projection.weight)
+    made.revision = kind
+    return made.eval().requires_grad_(False)
+
+
+def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
+    """A pipeline for persons and cats with random weights."""
+    made = stock(architecture)
+    base = Base(
+        "tiny", "", None, None, steps=3, fast_steps=2, guidance_scale=3.0, negative_prompt="", size=32, sizes=(16, 64, 8), licence="none"
+    )
+    pipe = NestedAttentionPipeline(base, made, {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}, {})
+    pipe.image_encoders._loaded["vision"] = vision()
+    return pipe
