@@ -6,8 +6,7 @@ object around the shared modules, and carries its subjects in `cross_attention_k
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import copy_context
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from nested_attention.preview import preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
 from nested_attention.subjects import Subject, SubjectCache
-from nested_attention.tracing import active_trace
+from nested_attention.tracing import Trace, active_trace
 
 
 @dataclass(frozen=True)
@@ -116,14 +115,16 @@ class NestedAttentionPipeline:
         )  # fmt: skip
 
     def __call__(
-        self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None, **settings: Any
-    ) -> Generation:
+        self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None,
+        maps: Trace | None = None, **settings: Any,
+    ) -> Generation:  # fmt: skip
         """Generates pictures of `prompt` with `subjects` in it.
 
         Args:
             prompt: names every subject by its placeholder. A placeholder that occurs twice means the same subject twice.
             subjects: up to four, each with its own placeholder.
             callback: called after every step; it may raise `Cancelled` to stop.
+            maps: receives the attention maps; inside `with trace(pipe)` that block's trace does.
             settings: negative_prompt, num_images, steps, guidance_scale, seed, height, width; see `Settings`.
 
         Raises:
@@ -132,15 +133,22 @@ class NestedAttentionPipeline:
         checked = Settings.checked(self.base, prompt, **settings)
         filled = fill(prompt, words_of(subjects))
         columns = [self._columns(filled, subject) for subject in subjects]
-        condition = self._condition(checked, subjects, columns)
+        condition = self._condition(checked, subjects, columns, maps or active_trace(self))
         images = self._run(checked, filled.text, condition, callback)
         return Generation(images, checked)
 
-    def stream(self, prompt: str, subjects: Sequence[Subject] = (), **settings: Any) -> Iterator[Progress | Generation]:
+    def stream(
+        self, prompt: str, subjects: Sequence[Subject] = (), *, maps: Trace | None = None, **settings: Any
+    ) -> Generator[Progress | Generation]:
         """The same as a call, but yields `Progress` after every step, and the `Generation` last.
 
         Closing the iterator cancels the work after the step that is under way.
         """
+        traced = maps or active_trace(self)  # now: the block may be left before the first step runs
+        return self._stream(lambda callback: self(prompt, subjects, callback=callback, maps=traced, **settings))
+
+    @staticmethod
+    def _stream(generate: Callable[[Callable[[Progress], None]], Generation]) -> Generator[Progress | Generation]:
         events: queue.Queue[Progress | Generation | BaseException] = queue.Queue()
         stop = threading.Event()
 
@@ -151,11 +159,11 @@ class NestedAttentionPipeline:
 
         def work() -> None:
             try:
-                events.put(self(prompt, subjects, callback=report, **settings))
+                events.put(generate(report))
             except BaseException as error:
                 events.put(error)
 
-        worker = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+        worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
             while not isinstance(event := events.get(), Generation):
@@ -174,7 +182,9 @@ class NestedAttentionPipeline:
             raise NestedAttentionError(f"{subject.placeholder} stands behind the {limit} words that the text encoder reads; move it forward or shorten the prompt.")
         return columns
 
-    def _condition(self, settings: Settings, subjects: Sequence[Subject], columns: Sequence[tuple[int, ...]]) -> NestedCondition:
+    def _condition(
+        self, settings: Settings, subjects: Sequence[Subject], columns: Sequence[tuple[int, ...]], maps: Trace | None
+    ) -> NestedCondition:
         layers: dict[str, list] = {}
         for subject, places in zip(subjects, columns, strict=True):
             mask = torch.zeros(1, self.stock.tokenizer.model_max_length, device=self.device)
@@ -182,7 +192,7 @@ class NestedAttentionPipeline:
             for name, layer in subject.layer_subjects(mask).items():
                 layers.setdefault(name, []).append(layer)
         recorder = None
-        if (maps := active_trace(self)) is not None:
+        if maps is not None:
             scale = self.stock.vae_scale_factor
             recorder = maps.begin((settings.height // scale, settings.width // scale), settings.steps, subjects, columns)
         return NestedCondition(settings.num_images, layers, recorder)

@@ -10,10 +10,11 @@ which is all that a nested adapter may change later.
 import argparse
 import tomllib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,9 +24,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from train.grids import sample_grid
 from train.loop import Batch, LoopConfig, fit
+from train.objective import FlowObjective, empty_where, flow_scheduler, weighted_mean
 from train.storybook.dataset import Diffusion, Pictures
-
-MIN_SIGMA = 0.05  # below this noise level the velocity's weight 1 / s^2 stops growing
 
 GRID_PROMPTS = (
     "a drawing of a person smiling, wearing a red hoodie, in the snow",
@@ -69,7 +69,7 @@ class WatchedCrossAttention:
 
 
 class TextToImage(nn.Module):
-    """U-Net and text encoder as one trainable thing: patches, noise level and token ids in; clean patches out."""
+    """U-Net and text encoder as one trainable thing: noisy patches, timesteps and token ids in; clean patches out."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
         super().__init__()
@@ -80,10 +80,10 @@ class TextToImage(nn.Module):
             name: next(watched) if "attn2" in name else processor for name, processor in unet.attn_processors.items()
         })  # fmt: skip
 
-    def forward(self, noisy: Tensor, sigma: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         with sdpa_kernel(SDPBackend.MATH):
             states = self.text_encoder(input_ids).last_hidden_state
-            clean = self.unet(noisy, (sigma * 1000).floor(), states).sample
+            clean = self.unet(noisy, timesteps, states).sample
         return clean, [processor.seen for processor in self.watched]
 
 
@@ -106,14 +106,6 @@ def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float)
     return torch.stack(terms).mean(), torch.stack(shares).mean()
 
 
-def flow_scheduler() -> DPMSolverMultistepScheduler:
-    """The sampler of a model that predicts the clean sample of a straight path between picture and noise."""
-    return DPMSolverMultistepScheduler(
-        prediction_type="sample", use_flow_sigmas=True, flow_shift=1.5, algorithm_type="dpmsolver++", solver_order=2,
-        timestep_spacing="linspace", final_sigmas_type="zero",
-    )  # fmt: skip
-
-
 @dataclass
 class BaseTask:
     model: TextToImage
@@ -126,20 +118,21 @@ class BaseTask:
         return Pictures("train", self.tokenizer, length, self.diffusion)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        sigma = batch["sigma"][:, None, None, None]
-        noisy = (1 - sigma) * batch["pixels"] + sigma * batch["noise"]
-        ids = torch.where(batch["drop"][:, None], self.empty(batch["input_ids"]), batch["input_ids"])
-        clean, seen = model(F.pixel_unshuffle(noisy, self.patch), batch["sigma"], ids)
-        error = (F.pixel_shuffle(clean.float(), self.patch) - batch["pixels"]).square().mean(1)
-        velocity = ((error * batch["weights"]).mean((1, 2)) / batch["sigma"].clamp(min=MIN_SIGMA) ** 2).mean()
+        objective, level, pixels, noise = FlowObjective(), batch["sigma"], batch["pixels"], batch["noise"]
+        ids = empty_where(batch["drop"], batch["input_ids"], self.empty)
+        noisy = F.pixel_unshuffle(objective.noisy(pixels, noise, level), self.patch)
+        predicted, seen = model(noisy, objective.timesteps(level), ids)
+        error = objective.error(F.pixel_shuffle(predicted.float(), self.patch), pixels, noise, level)
+        velocity = weighted_mean(error, batch["weights"])
         names = batch["names"] & ~batch["drop"][:, None, None]
         routed, share = routing_loss(seen, names, batch["masks"], self.routing.floor)
         logs = {"velocity": float(velocity.detach()), "routing": float(routed.detach()), "share": float(share)}
         return velocity + self.routing.weight * routed, logs
 
-    def empty(self, like: Tensor) -> Tensor:
-        ids = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids
-        return ids.to(like.device)
+    @cached_property
+    def empty(self) -> Tensor:
+        """The token ids of the empty caption, `(1, L)`."""
+        return self.tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(self.model.unet.device)
 
     def grid(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, TextToImage)

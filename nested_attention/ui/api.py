@@ -1,0 +1,68 @@
+"""Named endpoints for `gradio_client`: `/encode`, `/generate`, `/explain`. Subjects live in the client's session."""
+
+from typing import Any
+
+import gradio as gr
+
+from nested_attention import NestedAttentionError, Progress
+from nested_attention.prompts import placeholders
+from nested_attention.ui.explain import explain_point
+from nested_attention.ui.gpu import on_gpu
+from nested_attention.ui.studio import Studio, result_of
+
+
+def spoken(error: NestedAttentionError) -> gr.Error:
+    """The same sentence for whoever is asking."""
+    return gr.Error(str(error), print_exception=False)
+
+
+def build_api(studio: Studio) -> None:
+    """Invisible components whose only use is that clients call them by name."""
+    pipe = studio.pipe
+
+    @on_gpu
+    def encode(kind: str, files: list[str] | None, placeholder: str, strength: float, request: gr.Request) -> dict[str, Any]:
+        """Encodes the pictures of one subject and keeps it in the session."""
+        try:
+            subject = studio.encode(studio.session(str(request.session_hash)), kind, files or [], placeholder or None, strength)
+        except NestedAttentionError as error:
+            raise spoken(error) from error
+        return {"placeholder": subject.placeholder, "kind": subject.kind, "pictures": len(subject.images), "tokens": subject.num_tokens}
+
+    @on_gpu
+    def generate(
+        prompt: str, negative_prompt: str, num_images: float, steps: float, guidance_scale: float, seed: float, request: gr.Request
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Pictures of a prompt with the session's subjects that it names; and the parameters."""
+        session = studio.session(str(request.session_hash))
+        try:
+            subjects = [session.subjects[name] for name in placeholders(prompt) if name in session.subjects]
+            for event in studio.generate(
+                session, prompt, subjects, negative_prompt=negative_prompt, num_images=num_images, steps=steps,
+                guidance_scale=guidance_scale, seed=seed,
+            ):  # fmt: skip
+                if not isinstance(event, Progress):
+                    return list(event.files), event.generation.settings.as_dict()
+        except NestedAttentionError as error:
+            raise spoken(error) from error
+        raise AssertionError("a stream ends with its result")
+
+    def explain(placeholder: str, picture: float, x: float, y: float, request: gr.Request) -> dict[str, Any]:
+        """Shares of attention at the point (x, y), fractions of width and height, of a picture (counted from 0)."""
+        try:
+            report = explain_point(result_of(studio.session(str(request.session_hash))), placeholder, int(picture), x, y)
+        except NestedAttentionError as error:
+            raise spoken(error) from error
+        tokens = [{"token": token, "share": share} for token, share in report.tokens]
+        return {"words": report.words, "tokens": tokens, "patches": report.patches.tolist()}
+
+    with gr.Row(visible=False):
+        kind, placeholder, prompt, negative = (gr.Textbox() for _ in range(4))
+        files = gr.File(file_count="multiple", type="filepath")
+        strength, count, steps = gr.Number(1.0), gr.Number(1), gr.Number(pipe.base.steps)
+        guidance, seed = gr.Number(pipe.base.guidance_scale), gr.Number(0, precision=0)
+        picture, x, y = gr.Number(0), gr.Number(0.5), gr.Number(0.5)
+        answer, parameters, shares, pictures = gr.JSON(), gr.JSON(), gr.JSON(), gr.Files()
+        gr.Button().click(encode, [kind, files, placeholder, strength], answer, api_name="encode", concurrency_id="pipeline")
+        gr.Button().click(generate, [prompt, negative, count, steps, guidance, seed], [pictures, parameters], api_name="generate", concurrency_id="pipeline")
+        gr.Button().click(explain, [placeholder, picture, x, y], shares, api_name="explain")

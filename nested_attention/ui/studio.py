@@ -1,0 +1,163 @@
+"""What the app can do, without Gradio: sessions, subjects from slots, generation, explanation."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from PIL import Image
+
+from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Progress, Subject, SubjectCache
+from nested_attention.prompts import placeholders
+from nested_attention.provenance import Provenance, SubjectNote
+from nested_attention.tracing import Trace
+
+SESSION_SECONDS = 3600.0
+JOINING = {"in", "on", "at", "under", "by", "with", "wearing", "among", "near", "next", "smiling", "and"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One subject slot as the user filled it: kind, picture files, strength."""
+
+    kind: str
+    files: tuple[str, ...]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation of a session: files of the pictures, what was traced, and who was in it."""
+
+    generation: Generation
+    subjects: tuple[Subject, ...]
+    maps: Trace
+    files: tuple[str, ...]
+    provenance: Provenance
+
+
+@dataclass
+class Session:
+    """What one visitor has here: encoded pictures, subjects by placeholder, the last result. Gone after an hour."""
+
+    cache: SubjectCache = field(default_factory=lambda: SubjectCache(512 << 20))
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)  # picture hash -> file
+    result: Result | None = None
+    folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
+    used: float = field(default_factory=time.monotonic)
+
+
+def slot_names(kinds: Sequence[str]) -> list[str]:
+    """The placeholder of each slot: `<person>`, `<cat>`, and `<person2>` for a second person."""
+    return [f"<{kind}{'' if kinds[:k].count(kind) == 0 else kinds[:k].count(kind) + 1}>" for k, kind in enumerate(kinds)]
+
+
+class Studio:
+    """The app's view of a pipeline. Safe to call from many threads; visitors share nothing but the weights."""
+
+    def __init__(self, pipe: NestedAttentionPipeline):
+        self.pipe = pipe
+        self._sessions: dict[str, Session] = {}
+        self._lock = Lock()
+
+    def session(self, key: str) -> Session:
+        """The session of one visitor; sessions that were not used for an hour are dropped."""
+        now = time.monotonic()
+        with self._lock:
+            for stale in [k for k, s in self._sessions.items() if now - s.used > SESSION_SECONDS]:
+                del self._sessions[stale]
+            session = self._sessions.setdefault(key, Session())
+            session.used = now
+            return session
+
+    def close(self, key: str) -> None:
+        with self._lock:
+            self._sessions.pop(key, None)
+
+    def encode(
+        self, session: Session, kind: str, files: Sequence[str], placeholder: str | None = None, strength: float = 1.0, **knobs: Any
+    ) -> Subject:
+        """Encodes pictures of one subject and remembers it under its placeholder."""
+        subject = self.pipe.encode(kind, list(files), placeholder, strength, cache=session.cache, **knobs)
+        session.subjects[subject.placeholder] = subject
+        for image, file in zip(subject.images, files, strict=True):
+            session.sources[session.cache.key(image.picture, "")[0]] = file
+        return subject
+
+    def subjects_of_slots(self, session: Session, slots: Sequence[Slot], **knobs: Any) -> list[Subject]:
+        """The subjects of all slots that hold a picture."""
+        filled = [slot for slot in slots if slot.files]
+        names = slot_names([slot.kind for slot in filled])
+        return [
+            self.encode(session, slot.kind, slot.files, name, slot.strength, **knobs) for slot, name in zip(filled, names, strict=True)
+        ]
+
+    def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
+        """Progress after every step, then the result, which the session keeps."""
+        maps = Trace()
+        stream = self.pipe.stream(prompt, subjects, maps=maps, **settings)
+        try:
+            for event in stream:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    session.result = self._keep(session, event, tuple(subjects), maps)
+                    yield session.result
+        finally:
+            stream.close()
+
+    def without_subjects(self, result: Result) -> Image.Image:
+        """The first picture of `result` once more, its subjects as ordinary words."""
+        ordinary = [subject.but(strength=0.0) for subject in result.subjects]
+        settings = result.generation.settings.as_dict() | {"num_images": 1}
+        return self.pipe(settings.pop("prompt"), ordinary, **settings).images[0]
+
+    def _keep(self, session: Session, generation: Generation, subjects: tuple[Subject, ...], maps: Trace) -> Result:
+        notes = tuple(
+            SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(session.cache.key(i.picture, "")[0] for i in s.images))
+            for s in subjects
+        )
+        provenance = Provenance(self.pipe.base.name, generation.settings, notes)
+        files = []
+        for k, image in enumerate(generation.images):
+            path = Path(session.folder.name) / f"{time.time_ns()}-seed{generation.settings.seed + k}.png"
+            single = Provenance(
+                provenance.base, type(generation.settings)(**generation.settings.as_dict() | {"seed": generation.settings.seed + k, "num_images": 1}), notes
+            )
+            single.save(image, path)
+            files.append(str(path))
+        return Result(generation, subjects, maps, tuple(files), provenance)
+
+
+def missing_placeholders(prompt: str, subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects that the prompt does not name."""
+    return [subject for subject in subjects if subject.placeholder not in placeholders(prompt)]
+
+
+def put_into_prompt(prompt: str, placeholder: str, words: Sequence[str]) -> str:
+    """Writes a forgotten placeholder into the prompt: in place of the first of `words` that stands there, else in front."""
+    lower = f" {prompt.lower()} "
+    for word in words:
+        at = lower.find(f" {word} ")
+        if at >= 0:
+            return f"{prompt[:at]}{placeholder}{prompt[at + len(word) :]}"
+    if not prompt.strip():
+        return placeholder
+    if placeholders(prompt):
+        return f"{placeholder} and {prompt}"
+    return f"{placeholder} {prompt}" if prompt.split()[0].lower() in JOINING else f"{placeholder}, {prompt}"
+
+
+def result_of(session: Session) -> Result:
+    """The session's last result.
+
+    Raises:
+        NestedAttentionError: nothing was generated yet, or too long ago.
+    """
+    if session.result is None:
+        raise NestedAttentionError("there is no picture to look into yet; press Generate first.")
+    return session.result

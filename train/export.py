@@ -1,0 +1,71 @@
+"""From runs to the shipped folders: `python -m train.export --config train/configs/storybook.toml`.
+
+Takes the moving averages of the last checkpoints in `runs/` and writes them as fp16 safetensors in diffusers layout:
+`assets/storybook/{base,image_encoder,judge,adapters/KIND}`. Runs that are not there are left as they are shipped.
+"""
+
+import argparse
+import inspect
+import shutil
+import tomllib
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPVisionModelWithProjection
+
+from nested_attention import patches
+from nested_attention.bases import ASSETS
+from train.base import build
+from train.judge import Judge, save_judge
+from train.loop import Checkpoint
+from train.objective import flow_scheduler
+
+STORYBOOK = ASSETS / "storybook"
+
+
+def export_base(config: dict, run: Path, text_run: Path, out: Path) -> None:
+    """A diffusers pipeline folder. Its VAE is `nested_attention.patches`, of which the folder carries a copy."""
+    model, tokenizer = build(config, text_run)
+    load_average(model, run)
+    stock = StableDiffusionPipeline(
+        vae=patches.PatchAutoencoder(config["patch"]), text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet,
+        scheduler=flow_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    stock.to(dtype=torch.float16).save_pretrained(out)
+    index = out / "model_index.json"
+    index.write_text(index.read_text().replace('"nested_attention.patches"', '"patches"'))
+    shutil.copy(inspect.getfile(patches), out / "vae/patches.py")
+
+
+def load_average(model: torch.nn.Module, run: Path) -> None:
+    loaded = Checkpoint(run / "state").load()
+    if loaded is None:
+        raise SystemExit(f"{run} holds no checkpoint; train it first.")
+    model.load_state_dict(loaded[0]["average"], strict=False)
+    print(f"{run}: step {loaded[1]['step']}, {loaded[1]['seconds'] / 3600:.1f} hours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=STORYBOOK)
+    options = parser.parse_args()
+    config = tomllib.loads(options.config.read_text())
+    runs, out = options.runs, options.out
+    if (runs / "base/state").is_dir():
+        export_base(config["base"], runs / "base", runs / "text", out / "base")
+    if (runs / "encoder/image_encoder").is_dir():
+        encoder = CLIPVisionModelWithProjection.from_pretrained(runs / "encoder/image_encoder")
+        encoder.half().save_pretrained(out / "image_encoder")
+    if (runs / "judge/state").is_dir():
+        judge = Judge()
+        load_average(judge, runs / "judge")
+        save_judge(judge, out / "judge")
+    for adapter in sorted(runs.glob("adapter-*/adapter")):
+        shutil.copytree(adapter, out / "adapters" / adapter.parent.name.removeprefix("adapter-"), dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The judge: `python -m train.judge --config train/configs/storybook.toml`.
+
+A small convolutional network of its own, trained on renders only; it shares nothing with the image encoder or the base
+model. It answers every question about a view of one subject (kind, scene, style, attributes, identity fields) and
+embeds its identity. What it says of generated pictures is only as good as what it says of unseen renders, so its
+accuracy on those is printed with every result.
+"""
+
+import argparse
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from train.encoder import answer_loss, find_each_other
+from train.loop import Batch, LoopConfig, fit
+from train.storybook.labels import questions
+from train.storybook.pairs import Pairs
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions around a skip, halving the resolution first."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.down = nn.Conv2d(before, after, 2, stride=2)
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, after), nn.SiLU(), nn.Conv2d(after, after, 3, padding=1),
+            nn.GroupNorm(8, after), nn.SiLU(), nn.Conv2d(after, after, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return x + self.body(x)
+
+
+class Judge(nn.Module):
+    """`(B, 3, 128, 128)` in -1..1 -> logits per question and an identity embedding `(B, 192)`."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256, 384), embedding: int = 192):
+        super().__init__()
+        self.widths = tuple(widths)
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in zip((3, *widths[:-1]), widths, strict=True)))
+        flat = widths[-1] * 16  # 4 x 4 places: where something is matters
+        self.body = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.Flatten(), nn.Linear(flat, 512), nn.SiLU(), nn.LayerNorm(512))
+        self.heads = nn.ModuleList(nn.Linear(512, len(values)) for values in questions().values())
+        self.identity = nn.Linear(512, embedding)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        body = self.body(self.blocks(images))
+        return [head(body) for head in self.heads], F.normalize(self.identity(body).float(), dim=-1)
+
+
+def save_judge(judge: Judge, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().half().contiguous() for name, value in judge.state_dict().items()}, folder / "judge.safetensors")
+    (folder / "config.json").write_text(json.dumps({"widths": judge.widths, "embedding": judge.identity.out_features}) + "\n")
+
+
+def load_judge(folder: Path) -> Judge:
+    config = json.loads((folder / "config.json").read_text())
+    judge = Judge(tuple(config["widths"]), config["embedding"])
+    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    return judge.eval().requires_grad_(False)
+
+
+@dataclass
+class JudgeTask:
+    model: Judge
+
+    def dataset(self, length: int) -> Dataset:
+        return Pairs("train", length, blurred=True)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        images = batch["images"].transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        answers = batch["answers"].transpose(0, 1).flatten(0, 1)
+        logits, embeddings = model(images)
+        first, second = embeddings.chunk(2)
+        seen = answers[: len(first), list(questions()).index("kind")] >= 0
+        identity, found = find_each_other(first[seen], second[seen])
+        answering, right = answer_loss(logits, answers)
+        return identity + answering, {"identity": float(identity), "found": float(found), "right": float(right)}
+
+    def grid(self, model: nn.Module, path: Path) -> None:
+        """On unseen renders of validation: the share of right answers, question by question, beside the grids."""
+        assert isinstance(model, Judge)
+        path.with_suffix(".json").write_text(json.dumps(accuracy(model, Pairs("validation", 512, blurred=False)), indent=1))
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, pairs: Pairs) -> dict[str, float]:
+    """Share of right answers per question, and how often the reference finds its partner among the first 100."""
+    logits: list[list[Tensor]] = []
+    embeddings: list[Tensor] = []
+    truth: list[np.ndarray] = []
+    for start in range(0, len(pairs), 64):
+        items = [pairs[i] for i in range(start, min(start + 64, len(pairs)))]
+        scores, embedded = judge(torch.cat([item["images"] for item in items]))
+        logits.append(scores)
+        embeddings.append(embedded)
+        truth.append(torch.cat([item["answers"] for item in items]).numpy())
+    true = np.concatenate(truth)
+    out = {}
+    for k, name in enumerate(questions()):
+        guess = torch.cat([scores[k] for scores in logits]).argmax(1).numpy()
+        applies = true[:, k] >= 0
+        out[name] = float((guess == true[:, k])[applies].mean())
+    first, second = torch.cat(embeddings).unflatten(0, (-1, 2)).unbind(1)
+    seen = torch.from_numpy(true[::2, list(questions()).index("kind")] >= 0)
+    similar = second[seen][:100] @ first[seen][:100].T
+    out["found among 100"] = float((similar.argmax(1) == torch.arange(len(similar))).float().mean())
+    return {name: round(value, 4) for name, value in out.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.judge", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/judge"))
+    options = parser.parse_args()
+    config = tomllib.loads(options.config.read_text())["judge"]
+    torch.manual_seed(0)
+    judge = Judge().to(memory_format=torch.channels_last)
+    trained = fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config)
+    assert isinstance(trained, Judge)
+    save_judge(trained, options.out / "judge")
+
+
+if __name__ == "__main__":
+    main()
