@@ -1,0 +1,129 @@
+"""The running app, through its named endpoints and through a browser, on tiny random weights."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from nested_attention.provenance import read_provenance
+from tests import tiny
+from tests.browser import open_browser
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.serve", str(port)])
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=2)
+            break
+        except OSError:
+            assert process.poll() is None, "the app ended while starting"
+            time.sleep(0.5)
+    yield address
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photos") / "ada.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def generate(client: Client, prompt: str, **changes: object) -> tuple[list[str], dict]:
+    values = {"negative": "", "count": 2, "steps": 3, "guidance": 3.0, "seed": 5} | changes
+    return client.predict(prompt, *values.values(), api_name="/generate")
+
+
+def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
+    client = Client(url, verbose=False)
+    encoded = client.predict("person", [handle_file(photo)], "<ada>", 1.0, api_name="/encode")
+    assert encoded == {"placeholder": "<ada>", "kind": "person", "pictures": 1, "tokens": 6}
+    files, parameters = generate(client, "<ada> on the beach")
+    assert len(files) == 2 and parameters["seed"] == 5 and parameters["prompt"] == "<ada> on the beach"
+    made = read_provenance(files[1])
+    assert made.settings.seed == 6 and made.subjects[0].placeholder == "<ada>"
+    shares = client.predict("<ada>", 1, 0.5, 0.5, api_name="/explain")
+    assert abs(sum(shares["words"].values()) - 1) < 1e-3 and abs(sum(shares["patches"]) - 1) < 1e-3
+    direct = tiny.pipeline("sd")
+    expected = direct("<ada> on the beach", [direct.encode("person", photo, "<ada>")], num_images=2, steps=3, guidance_scale=3.0, seed=5)
+    assert np.array_equal(np.asarray(Image.open(files[0])), np.asarray(expected.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps"), ({"steps": 10**9}, "steps"), ({"count": 99}, "num_images"), ({"guidance": -5}, "guidance_scale"),
+        ({"seed": -1}, "seed"), ({"prompt": ""}, "prompt is empty"), ({"prompt": "x" * 5000}, "5000 characters"), ({"prompt": "<ghost>"}, "<ghost>"),
+    ],
+)  # fmt: skip
+def test_what_is_sent_past_the_page_is_checked_too(url: str, changes: dict, words: str) -> None:
+    client = Client(url, verbose=False)
+    prompt = changes.pop("prompt", "a cat 🐱 with zwxqv")
+    with pytest.raises(AppError, match=words):
+        generate(client, prompt, **changes)
+    assert generate(client, "a cat 🐱 with zwxqv", count=1)[0]  # alive; emoji and unknown words are fine
+
+
+def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> None:
+    client = Client(url, verbose=False)
+    text = tmp_path / "notes.png"
+    text.write_text("no picture")
+    for arguments, words in (
+        (("dragon", [handle_file(photo)], "", 1.0), "dragon"), (("person", [], "", 1.0), "at least one"),
+        (("person", [handle_file(photo)], "", 7.0), "strength"), (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
+    ):  # fmt: skip
+        with pytest.raises(AppError, match=words):
+            client.predict(*arguments, api_name="/encode")
+    with pytest.raises(AppError, match="press Generate first"):
+        client.predict("<person>", 0, 0.5, 0.5, api_name="/explain")
+
+
+def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:
+    one, other = Client(url, verbose=False), Client(url, verbose=False)
+    one.predict("person", [handle_file(photo)], "<secret>", 1.0, api_name="/encode")
+    with pytest.raises(AppError, match="<secret>"):
+        generate(other, "<secret> on the beach")
+
+
+def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
+    """Uploads, forgets the placeholder, is helped, generates, looks inside, clicks into the map, drops a PNG back."""
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        page.goto(url)
+        page.wait_for_selector("#generate", timeout=60_000)
+        page.set_input_files("#files-0 input[type=file]", photo)
+        page.wait_for_function("document.querySelector('#insert-0').innerText.includes('<person>')")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.fill("#prompt textarea", "in the snow")
+        page.click("#generate")
+        page.wait_for_selector("#offer")
+        page.click("#offer")
+        page.wait_for_function("document.querySelector('#prompt textarea').value == '<person> in the snow'")
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        page.click("#inside button >> nth=0")
+        page.wait_for_selector("#outer img", timeout=30_000)
+        page.click("#outer img")
+        page.wait_for_selector("#patches img", timeout=30_000)
+        assert "<person>" in page.inner_text("#point")
+        assert "token" in page.inner_text("#regions")
+        page.fill("#prompt textarea", "   ")
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#notice').innerText.includes('does not say')")
+        assert page.locator("#gallery img").count() >= 4  # nothing was lost
