@@ -54,9 +54,8 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "AdapterConfig":
-        qformer, image = QFormerConfig(**content.pop("qformer")), content.pop("image")
-        image = ImageConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in image.items()})
-        return cls(**content, qformer=qformer, image=image)
+        image = content["image"] | {name: tuple(content["image"][name]) for name in ("mean", "std")}
+        return cls(**content | {"qformer": QFormerConfig(**content["qformer"]), "image": ImageConfig(**image)})
 
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
@@ -71,11 +70,13 @@ class NestedLayer(nn.Module):
     def __init__(self, attention: Attention):
         super().__init__()
         self.heads = attention.heads
-        for name in ("to_k", "to_v"):
-            own = getattr(attention, name)
-            copy = nn.Linear(own.in_features, own.out_features, bias=False, device=own.weight.device)
-            copy.weight.data.copy_(own.weight)
-            self.add_module(name, copy)
+        self.to_k, self.to_v = (self.copied(own) for own in (attention.to_k, attention.to_v))
+
+    @staticmethod
+    def copied(own: nn.Linear) -> nn.Linear:
+        copy = nn.Linear(own.in_features, own.out_features, bias=False, device=own.weight.device)
+        copy.weight.data.copy_(own.weight)
+        return copy
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`."""
@@ -141,18 +142,26 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; get it back with `git checkout -- {folder}` or download it again.") from error
+        raise NestedAttentionError(
+            f"{path} is missing, so {folder} is not an adapter; get it back with `git checkout -- {folder}` or download it again."
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise NestedAttentionError(f"{path} is damaged ({error}); get it back with `git checkout -- {path}` or download it again.") from error
+        raise NestedAttentionError(
+            f"{path} is damaged ({error}); get it back with `git checkout -- {path}` or download it again."
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise NestedAttentionError(f"the weights file {path} is missing; get it back with `git checkout -- {path}` or download it again.") from error
+        raise NestedAttentionError(
+            f"the weights file {path} is missing; get it back with `git checkout -- {path}` or download it again."
+        ) from error
     except (SafetensorError, ValueError, OSError) as error:
-        raise NestedAttentionError(f"the weights file {path} is damaged or cut off ({error}); get it back with `git checkout -- {path}` or download it again.") from error
+        raise NestedAttentionError(
+            f"the weights file {path} is damaged or cut off ({error}); get it back with `git checkout -- {path}` or download it again."
+        ) from error
 
 
 def list_adapters(folder: Path) -> dict[str, Path]:

@@ -114,9 +114,9 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
     )
     out, shares = out[..., :d], out[..., d : d + len(subjects)].split(1, -1)
     for subject, share in zip(subjects, shares, strict=True):
-        nested_kv = (x.expand(batch, -1, -1, -1) for x in (subject.key, subject.value))
+        nested_key, nested_value = (x.expand(batch, -1, -1, -1) for x in (subject.key, subject.value))
         mask = None if subject.answering is None else subject.answering[None, None, None]
-        nested = F.scaled_dot_product_attention(query, *nested_kv, attn_mask=mask)
+        nested = F.scaled_dot_product_attention(query, nested_key, nested_value, attn_mask=mask)
         out = out + subject.strength.to(out.dtype) * share * subject.scaled(nested, value)
     return out
 

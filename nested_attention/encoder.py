@@ -1,10 +1,11 @@
 """From pictures of a subject to its tokens: a frozen image encoder and a trained Q-Former (paper, section 3.2).
 
-    features = image encoder(picture)              (B, P, feature_dim), P = patches (+ a class token)
-    tokens   = Q-Former(features)                  (B, N, output_dim), N learned queries
-    beta     = the Q-Former's attention to patches (B, N, P'), rows sum to 1: where token n was read from
+features = image encoder(picture)              (B, P, feature_dim), P = patches (+ a class token)
+tokens   = Q-Former(features)                  (B, N, output_dim), N learned queries
+beta     = the Q-Former's attention to patches (B, N, P'), rows sum to 1: where token n was read from
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class PerceiverAttention(nn.Module):
         out = F.scaled_dot_product_attention(*self.project(features, latents))
         return self.to_out(out.transpose(1, 2).flatten(2))
 
-    def attention(self, features: Tensor, latents: Tensor) -> Tensor:
+    def shares(self, features: Tensor, latents: Tensor) -> Tensor:
         """The share of each query's attention that goes to each patch, mean over heads: `(B, N, P)`."""
         query, key, _ = self.project(features, latents)
         shares = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
@@ -78,11 +79,16 @@ class QFormer(nn.Module):
             for _ in range(config.depth)
         )  # fmt: skip
 
+    def blocks(self) -> Iterator[tuple[PerceiverAttention, nn.Module]]:
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            assert isinstance(attention, PerceiverAttention)
+            yield attention, feed_forward
+
     def forward(self, features: Tensor) -> Tensor:
         """`(B, P, feature_dim)` -> tokens `(B, N, output_dim)`."""
         features = self.proj_in(features)
         latents = self.latents.expand(len(features), -1, -1)
-        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+        for attention, feed_forward in self.blocks():
             latents = latents + attention(features, latents)
             latents = latents + feed_forward(latents)
         return self.norm_out(self.proj_out(latents))
@@ -96,8 +102,8 @@ class QFormer(nn.Module):
         features = self.proj_in(features)
         latents = self.latents.expand(len(features), -1, -1)
         total = torch.zeros(len(features), latents.shape[1], features.shape[1], device=features.device)
-        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
-            total += attention.attention(features, latents).float()
+        for attention, feed_forward in self.blocks():
+            total += attention.shares(features, latents).float()
             latents = latents + attention(features, latents)
             latents = latents + feed_forward(latents)
         return total / total.sum(-1, keepdim=True)

@@ -41,15 +41,15 @@ class ImageEncoders:
                 try:
                     encoder = CLIPVisionModelWithProjection.from_pretrained(path, subfolder=config.image_subfolder)
                 except (OSError, ValueError, RuntimeError) as error:
-                    raise NestedAttentionError(f"the image encoder {path} cannot be loaded ({error}); get it back with `git checkout -- {path}` or download it again.") from error
+                    raise NestedAttentionError(
+                        f"the image encoder {path} cannot be loaded ({error}); get it back with `git checkout -- {path}` or download it again."
+                    ) from error
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
 
 
 @torch.no_grad()
-def encode_image(
-    picture: Image.Image, adapter: Adapter, encoder: CLIPVisionModelWithProjection, cache: SubjectCache
-) -> EncodedImage:
+def encode_image(picture: Image.Image, adapter: Adapter, encoder: CLIPVisionModelWithProjection, cache: SubjectCache) -> EncodedImage:
     """What the U-Net's layers need to know of `picture`; from the cache if the same pixels were encoded before."""
     image = adapter.config.image
     square = padded_square(picture, image.size)

@@ -41,7 +41,9 @@ def read_image(source: ImageSource, name: str = "the picture") -> Image.Image:
             "Save a smaller copy and try that."
         )
     if min(width, height) < MIN_SIDE:
-        raise NestedAttentionError(f"{name} is only {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed to see a subject.")
+        raise NestedAttentionError(
+            f"{name} is only {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed to see a subject."
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise NestedAttentionError(f"{name} is {width} x {height} pixels, a strip rather than a picture; crop it to the subject first.")
     try:
@@ -55,7 +57,9 @@ def _open(source: ImageSource, name: str) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
-            raise NestedAttentionError(f"{name} is an array of {source.dtype} {source.shape}; give uint8 of shape (H, W), (H, W, 3) or (H, W, 4).")
+            raise NestedAttentionError(
+                f"{name} is an array of {source.dtype} {source.shape}; give uint8 of shape (H, W), (H, W, 3) or (H, W, 4)."
+            )
         return Image.fromarray(source)
     if isinstance(source, bytes) and not source:
         raise NestedAttentionError(f"{name} is empty (0 bytes); choose the file again.")
@@ -64,9 +68,11 @@ def _open(source: ImageSource, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as error:
-        raise NestedAttentionError(f"there is no file {source}; check the path.") from error
+        raise NestedAttentionError(f"there is no file {name}; check the path.") from error
     except Image.DecompressionBombError as error:
-        raise NestedAttentionError(f"{name} has far too many pixels; at most {MAX_MEGAPIXELS:.0f} megapixels are read. Save a smaller copy.") from error
+        raise NestedAttentionError(
+            f"{name} has far too many pixels; at most {MAX_MEGAPIXELS:.0f} megapixels are read. Save a smaller copy."
+        ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise NestedAttentionError(f"{name} is not a picture that can be read; use PNG, JPEG or WebP.") from error
 

@@ -38,9 +38,7 @@ def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype |
     return preset, stock
 
 
-def load_adapters(
-    preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None
-) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
+def load_adapters(preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
     """Kind -> folder and kind -> adapter: the one in the folder `adapter`, else all that come with the base."""
     if adapter is not None:
         folders = {read_config(Path(adapter)).kind: Path(adapter)}

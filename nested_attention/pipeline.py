@@ -179,7 +179,9 @@ class NestedAttentionPipeline:
         columns = filled.columns(subject.placeholder, self.stock.tokenizer)
         if len(columns) < len(filled.spans[subject.placeholder]):
             limit = self.stock.tokenizer.model_max_length - 2
-            raise NestedAttentionError(f"{subject.placeholder} stands behind the {limit} words that the text encoder reads; move it forward or shorten the prompt.")
+            raise NestedAttentionError(
+                f"{subject.placeholder} stands behind the {limit} words that the text encoder reads; move it forward or shorten the prompt."
+            )
         return columns
 
     def _condition(

@@ -54,8 +54,12 @@ def fill(prompt: str, words: Mapping[str, str]) -> Prompt:
         known = f"the subjects are {', '.join(words)}" if words else "no subject was given"
         raise NestedAttentionError(f"the prompt names {', '.join(unknown)}, but {known}; add that subject or take the word out.")
     if unused := [name for name in words if name not in found]:
-        raise NestedAttentionError(f"the prompt does not say where {', '.join(unused)} should be; write it into the prompt, as in \"{unused[0]} on the beach\".")
-    pieces, spans, end, length = [], {name: [] for name in words}, 0, 0
+        raise NestedAttentionError(
+            f'the prompt does not say where {", ".join(unused)} should be; write it into the prompt, as in "{unused[0]} on the beach".'
+        )
+    pieces: list[str] = []
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in words}
+    end = length = 0
     for match in PLACEHOLDER.finditer(prompt):
         before, word = prompt[end : match.start()], words[match.group().lower()]
         length += len(before)

@@ -54,7 +54,9 @@ def read_provenance(path: str | Path) -> Provenance:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise NestedAttentionError(f"{name} is not a picture that can be read; drop a PNG that was made here.") from error
     if text is None:
-        raise NestedAttentionError(f"{name} carries no settings; drop a PNG that was downloaded here (copies from chats and editors lose them).")
+        raise NestedAttentionError(
+            f"{name} carries no settings; drop a PNG that was downloaded here (copies from chats and editors lose them)."
+        )
     try:
         content: dict[str, Any] = json.loads(text)
         notes = tuple(SubjectNote(**{**note, "pictures": tuple(note["pictures"])}) for note in content["subjects"])

@@ -65,7 +65,9 @@ class Subject:
             if not isinstance(number, int | float) or not low <= number <= high:
                 raise NestedAttentionError(f"{name} of {self.placeholder} is {number}; choose a number from {low:g} to {high:g}.")
         if self.muted and not set(range(self.num_tokens)) - self.muted:
-            raise NestedAttentionError(f"all {self.num_tokens} tokens of {self.placeholder} are muted; leave at least one, or set strength to 0.")
+            raise NestedAttentionError(
+                f"all {self.num_tokens} tokens of {self.placeholder} are muted; leave at least one, or set strength to 0."
+            )
 
     def but(self, **changes: object) -> "Subject":
         """The same subject with other settings; nothing is encoded again."""
@@ -81,14 +83,14 @@ class Subject:
 
     def layer_subjects(self, columns: Tensor) -> dict[str, LayerSubject]:
         """The subject as each layer sees it. `columns (1, L)`: where its word stands in the prompt."""
-        settings = [torch.tensor(float(x), device=columns.device) for x in (self.strength, self.lam, self.token_weight)]
+        strength, lam, weight = (torch.tensor(float(x), device=columns.device) for x in (self.strength, self.lam, self.token_weight))
         answering = None
         if self.muted:
             answering = torch.tensor([k not in self.muted for k in range(self.num_tokens)], device=columns.device)
         return {
             name: LayerSubject(
                 columns, torch.cat([image.layers[name][0] for image in self.images], 2),
-                torch.cat([image.layers[name][1] for image in self.images], 2), *settings, self.value_norm, answering,
+                torch.cat([image.layers[name][1] for image in self.images], 2), strength, lam, weight, self.value_norm, answering,
             )
             for name in self.images[0].layers
         }  # fmt: skip

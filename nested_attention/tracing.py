@@ -178,7 +178,9 @@ class Trace:
         """
         if self.recorder is None or placeholder not in self._subjects:
             known = ", ".join(self._subjects) or "none"
-            raise NestedAttentionError(f"no maps of {placeholder} were traced (traced subjects: {known}); generate with it inside the block.")
+            raise NestedAttentionError(
+                f"no maps of {placeholder} were traced (traced subjects: {known}); generate with it inside the block."
+            )
         index, subject, columns = self._subjects[placeholder]
         return SubjectMaps(self.recorder, subject, index, columns)
 

@@ -53,7 +53,7 @@ def test_attention_elsewhere_does_not_change() -> None:
 
 
 def test_value_norm_sets_the_length_of_the_nested_value() -> None:
-    query, key, value = inputs()
+    query, _, value = inputs()
     s = subject(2, (3,), norm="full", lam=2.0)
     scaled = s.scaled(nested_probabilities(query, s) @ s.value, value)
     length = scaled.transpose(1, 2).flatten(2).norm(dim=-1)

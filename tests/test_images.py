@@ -62,7 +62,7 @@ def rotated() -> bytes:
 
 ODD = {
     "cmyk": lambda: encoded(half_red().convert("CMYK"), "JPEG"),
-    "16 bit": lambda: encoded(Image.fromarray((np.asarray(half_red().convert("L"), np.uint16) * 257))),
+    "16 bit": lambda: encoded(Image.fromarray(np.asarray(half_red().convert("L"), np.uint16) * 257)),
     "alpha": lambda: encoded(half_red().convert("RGBA")),
     "grey and alpha": lambda: encoded(half_red().convert("LA")),
     "palette with transparency": lambda: encoded(half_red().quantize(4), "GIF", transparency=3),

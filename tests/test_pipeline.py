@@ -39,7 +39,13 @@ def test_no_subject_is_stock_diffusers_bit_for_bit(pipe: NestedAttentionPipeline
     name = "sdxl" if hasattr(pipe.stock, "text_encoder_2") else "sd"
     generators = [torch.Generator().manual_seed(5)]
     stock = tiny.stock(name)(
-        "a man on the beach", negative_prompt="", height=32, width=32, num_inference_steps=3, guidance_scale=guidance_scale, generator=generators
+        "a man on the beach",
+        negative_prompt="",
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+        generator=generators,
     )
     assert np.array_equal(np.asarray(ours.images[0]), np.asarray(stock.images[0]))
 
@@ -148,7 +154,7 @@ def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPi
     cat = maps.subject("<cat>")
     for third in (None, 0, 1, 2):
         outer = cat.outer(third=third)
-        assert outer.shape == (2, *maps.resolutions[0]) and 0 <= outer.min() and outer.max() <= 1
+        assert outer.shape == (2, *maps.resolutions[0]) and outer.min() >= 0 and outer.max() <= 1
         for rows in (cat.words(third=third), cat.nested(third=third), cat.lens(third=third)):
             torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-4, rtol=0)
     assert cat.nested().shape[-1] == 12  # two pictures of six tokens
@@ -213,7 +219,7 @@ def test_knobs_out_of_range_are_named(pipe: NestedAttentionPipeline, knobs: dict
 
 
 def test_unknown_kind_and_bad_placeholder(pipe: NestedAttentionPipeline) -> None:
-    with pytest.raises(NestedAttentionError, match="dragon.*person, cat"):
+    with pytest.raises(NestedAttentionError, match=r"dragon.*person, cat"):
         pipe.encode("dragon", photo(1))
     with pytest.raises(NestedAttentionError, match="angle brackets"):
         pipe.encode("person", photo(1), placeholder="ada")

@@ -8,8 +8,10 @@ image encoder stay as they are. One adapter knows nothing of the others.
 import argparse
 import random
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +99,7 @@ class AdapterTask:
     def dataset(self, length: int) -> Dataset:
         return PersonalPictures(self.model.adapter.config.kind, "train", self.pipe.stock.tokenizer, length, self.diffusion)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         objective, patch, level = FlowObjective(), self.pipe.stock.vae.config.patch, batch["sigma"]
         noisy = F.pixel_unshuffle(objective.noisy(batch["pixels"], batch["noise"], level), patch)
         predicted = model(noisy, objective.timesteps(level), batch["input_ids"], batch["columns"], batch["reference"])
@@ -124,9 +126,7 @@ def main() -> None:
     adapters = find_base(options.base).adapters
     assert adapters is not None
     encoder = CLIPVisionModelWithProjection.from_pretrained(adapters / options.kind / config["image_encoder"])
-    sizes = QFormerConfig(
-        **config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=stock.unet.config.cross_attention_dim
-    )
+    sizes = QFormerConfig(**config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=stock.unet.config.cross_attention_dim)
     described = AdapterConfig(
         options.kind, options.kind, preset.name, config["image_encoder"], value_norm=config["value_norm"], lam=config["lam"],
         qformer=sizes, image=ImageConfig(encoder.config.image_size),

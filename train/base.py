@@ -9,9 +9,11 @@ which is all that a nested adapter may change later.
 
 import argparse
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -117,7 +119,7 @@ class BaseTask:
     def dataset(self, length: int) -> Dataset:
         return Pictures("train", self.tokenizer, length, self.diffusion)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         objective, level, pixels, noise = FlowObjective(), batch["sigma"], batch["pixels"], batch["noise"]
         ids = empty_where(batch["drop"], batch["input_ids"], self.empty)
         noisy = F.pixel_unshuffle(objective.noisy(pixels, noise, level), self.patch)

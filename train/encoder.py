@@ -7,8 +7,10 @@ its features stay local. Then it is frozen; adapters read its last hidden layer.
 
 import argparse
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ class EncoderTask:
     def dataset(self, length: int) -> Dataset:
         return Pairs("train", length, blurred=False)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         images = batch["images"].transpose(0, 1).flatten(0, 1)  # all first, then all second
         answers = batch["answers"].transpose(0, 1).flatten(0, 1)
         embeddings, logits, parts = model(images)

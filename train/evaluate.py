@@ -27,6 +27,7 @@ from train.storybook.kinds import KINDS
 from train.storybook.labels import answers, questions, view
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity, sample_picture, sample_reference
+from train.storybook.styles import STYLES
 
 GALLERY = 100  # identities among which the right one has to be found
 GALLERY_VIEWS = 4  # renders averaged for each
@@ -55,7 +56,9 @@ class Score:
 
     def __str__(self) -> str:
         of_renders = self.value / self.renders if self.renders else 0.0
-        return f"{self.value:6.1%}  [{self.low:.1%}, {self.high:.1%}]  n {self.count:4d}  renders {self.renders:6.1%}  ratio {of_renders:.3f}"
+        return (
+            f"{self.value:6.1%}  [{self.low:.1%}, {self.high:.1%}]  n {self.count:4d}  renders {self.renders:6.1%}  ratio {of_renders:.3f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def placeholders(picture: Picture) -> tuple[str, ...]:
 @cache
 def gallery_identity(kind: str, number: int) -> dict[str, str]:
     """Identity `number` of the gallery: unseen in training, all different."""
-    rng, seen = random.Random(f"gallery/{kind}"), []
+    rng = random.Random(f"gallery/{kind}")
+    seen: list[dict[str, str]] = []
     while len(seen) <= number:
         identity = sample_identity(kind, "test", rng)
         if identity not in seen:
@@ -181,8 +185,6 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
 
 def asked(case: Case, which: int) -> list[str]:
     """The attributes of a subject that the prompt states and a picture can show."""
-    from train.storybook.styles import STYLES
-
     attributes = case.picture.subjects[which].character.attributes
     fields = [field for field in case.said.mentioned[which] if attributes[field] != "none"]
     return [field for field in fields if "colour" not in field or STYLES[case.picture.style].keeps_colour]
@@ -216,7 +218,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     count = 24 if options.quick else 512
-    results = run({suite: count for suite in options.only or KINDS_OF_SUITE}, options.processes)
+    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes)
     if options.json:
         plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
         options.json.write_text(json.dumps(plain, indent=1) + "\n")

@@ -21,8 +21,13 @@ PERSONAL_PROMPTS = ("a drawing of {} in the snow", "{} on the beach", "a drawing
 
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel, states: Tensor, unconditional: Tensor, scheduler: SchedulerMixin, seed: int,
-    steps: int = 24, guidance_scale: float = 2.5,
+    unet: UNet2DConditionModel,
+    states: Tensor,
+    unconditional: Tensor,
+    scheduler: SchedulerMixin,
+    seed: int,
+    steps: int = 24,
+    guidance_scale: float = 2.5,
 ) -> Tensor:
     """Patches `(B, C, H, W)` for text states `(B, L, C)`, by classifier-free guidance."""
     side, channels = unet.config.sample_size, unet.config.in_channels
@@ -38,8 +43,14 @@ def sample(
 
 @torch.no_grad()
 def sample_grid(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, scheduler: SchedulerMixin,
-    patch: int, prompts: tuple[str, ...], path: Path, rows: int = 2,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: SchedulerMixin,
+    patch: int,
+    prompts: tuple[str, ...],
+    path: Path,
+    rows: int = 2,
 ) -> None:
     """One column a prompt, `rows` seeds below each other."""
 

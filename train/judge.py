@@ -9,8 +9,10 @@ accuracy on those is printed with every result.
 import argparse
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +80,7 @@ class JudgeTask:
     def dataset(self, length: int) -> Dataset:
         return Pairs("train", length, blurred=True)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         images = batch["images"].transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         answers = batch["answers"].transpose(0, 1).flatten(0, 1)
         logits, embeddings = model(images)
@@ -126,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())["judge"]
     torch.manual_seed(0)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge()
     trained = fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config)
     assert isinstance(trained, Judge)
     save_judge(trained, options.out / "judge")

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,11 +57,12 @@ class LoopConfig:
 class Task(Protocol):
     """What a training command provides."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def dataset(self, length: int) -> Dataset: ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]: ...
 
     def grid(self, model: nn.Module, path: Path) -> None: ...
 
@@ -171,7 +172,9 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             if not math.isfinite(line["loss"]):
-                raise FloatingPointError(f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint")
+                raise FloatingPointError(
+                    f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint"
+                )
             sums, tick = {}, now
         if step % config.grid_every == 0 or step == config.steps:
             (folder / "grids").mkdir(exist_ok=True)

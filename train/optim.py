@@ -38,21 +38,22 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes[parameter.shape[0], parameter[0].numel()].append(parameter)
             for (rows, columns), parameters in shapes.items():
+                ahead = []
                 for parameter in parameters:
+                    assert parameter.grad is not None
                     buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                     buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]).reshape(rows, columns) for p in parameters]
+                    ahead.append(parameter.grad.lerp(buffer, group["momentum"]).reshape(rows, columns))
                 updates = orthogonalized(torch.stack(ahead))
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
-def build_optimizers(
-    model: nn.Module, lr: float, muon_lr: float, not_muon: tuple[str, ...] = ()
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, lr: float, muon_lr: float, not_muon: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
     """Muon for every trainable matrix or kernel, except names that contain one of `not_muon`; AdamW for the others."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             muon = parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1

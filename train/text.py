@@ -9,8 +9,10 @@ import argparse
 import json
 import random
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -117,7 +119,7 @@ class TextTask:
     def dataset(self, length: int) -> Dataset:
         return Captions("train", self.tokenizer, length)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         ids = batch["input_ids"]
         longest = int((ids != self.tokenizer.eos_token_id).sum(1).max()) + 1
         ids = ids[:, :longest]

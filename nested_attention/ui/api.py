@@ -64,5 +64,11 @@ def build_api(studio: Studio) -> None:
         picture, x, y = gr.Number(0), gr.Number(0.5), gr.Number(0.5)
         answer, parameters, shares, pictures = gr.JSON(), gr.JSON(), gr.JSON(), gr.Files()
         gr.Button().click(encode, [kind, files, placeholder, strength], answer, api_name="encode", concurrency_id="pipeline")
-        gr.Button().click(generate, [prompt, negative, count, steps, guidance, seed], [pictures, parameters], api_name="generate", concurrency_id="pipeline")
+        gr.Button().click(
+            generate,
+            [prompt, negative, count, steps, guidance, seed],
+            [pictures, parameters],
+            api_name="generate",
+            concurrency_id="pipeline",
+        )
         gr.Button().click(explain, [placeholder, picture, x, y], shares, api_name="explain")

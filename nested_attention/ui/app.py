@@ -74,7 +74,12 @@ def build_app(studio: Studio) -> gr.Blocks:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")
         compare.click(handlers.compare, None, slider, concurrency_id="pipeline", api_visibility="private")
         dropped.upload(handlers.restore, dropped, [*controls.inputs, *slot_inputs, notice], api_visibility="private")
-        covers.select(handlers.pick, None, [prompt, controls.seed, gallery, status, *slot_inputs, *(p.group for p in panels)], api_visibility="private")
+        covers.select(
+            handlers.pick,
+            None,
+            [prompt, controls.seed, gallery, status, *slot_inputs, *(p.group for p in panels)],
+            api_visibility="private",
+        )
         build_api(studio)
         page.unload(handlers.close)
     return page

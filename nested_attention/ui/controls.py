@@ -9,8 +9,6 @@ from nested_attention.settings import MAX_PROMPT, MAX_SEED
 from nested_attention.subjects import MAX_LAM, MAX_TOKEN_WEIGHT
 from nested_attention.ui.examples import READY_MADE
 
-Component = gr.components.Component
-
 
 @dataclass(frozen=True)
 class Controls:
@@ -27,7 +25,7 @@ class Controls:
     token_weight: gr.Slider
 
     @property
-    def inputs(self) -> list[Component]:
+    def inputs(self) -> list[gr.components.Component]:
         """In the order of the arguments of `app.generate`."""
         return [
             self.prompt, self.negative_prompt, self.num_images, self.steps, self.guidance_scale, self.seed, self.new_seed, self.lam,
@@ -49,14 +47,56 @@ def build_advanced(prompt: gr.Textbox, base: Base) -> Controls:
     with gr.Accordion("Advanced", open=False):
         with gr.Row():
             num_images = gr.Slider(1, 8, 4, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140)
-            steps = gr.Slider(1, 60, base.steps, step=1, label="Steps", info=f"More is finer and slower; {base.fast_steps} gives a quick look.", min_width=140)
+            steps = gr.Slider(
+                1,
+                60,
+                base.steps,
+                step=1,
+                label="Steps",
+                info=f"More is finer and slower; {base.fast_steps} gives a quick look.",
+                min_width=140,
+            )
         with gr.Row():
-            guidance = gr.Slider(1, 10, base.guidance_scale, step=0.1, label="Guidance", info="Higher follows the prompt more strictly, too high looks harsh.", min_width=140)
+            guidance = gr.Slider(
+                1,
+                10,
+                base.guidance_scale,
+                step=0.1,
+                label="Guidance",
+                info="Higher follows the prompt more strictly, too high looks harsh.",
+                min_width=140,
+            )
             with gr.Column(min_width=140):
-                seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, info="The same seed repeats the same picture.", elem_id="seed")
+                seed = gr.Number(
+                    7,
+                    label="Seed",
+                    precision=0,
+                    minimum=0,
+                    maximum=MAX_SEED,
+                    info="The same seed repeats the same picture.",
+                    elem_id="seed",
+                )
                 new_seed = gr.Checkbox(False, label="New seed every time")
         with gr.Row():
-            lam = gr.Slider(0, MAX_LAM, 1.0, step=0.05, label="λ", info="Length of the subject's value: more pushes its looks harder, also where they do not belong.", min_width=140)
-            weight = gr.Slider(0.1, MAX_TOKEN_WEIGHT, 1.0, step=0.1, label="Token weight", info="How loudly the subject's word competes with the other words.", min_width=140)
-        negative = gr.Textbox(base.negative_prompt, label="Negative prompt", max_length=MAX_PROMPT, info="What the pictures should not show.")
+            lam = gr.Slider(
+                0,
+                MAX_LAM,
+                1.0,
+                step=0.05,
+                label="λ",
+                info="Length of the subject's value: more pushes its looks harder, also where they do not belong.",
+                min_width=140,
+            )
+            weight = gr.Slider(
+                0.1,
+                MAX_TOKEN_WEIGHT,
+                1.0,
+                step=0.1,
+                label="Token weight",
+                info="How loudly the subject's word competes with the other words.",
+                min_width=140,
+            )
+        negative = gr.Textbox(
+            base.negative_prompt, label="Negative prompt", max_length=MAX_PROMPT, info="What the pictures should not show."
+        )
     return Controls(prompt, negative, num_images, steps, guidance, seed, new_seed, lam, weight)

@@ -20,7 +20,11 @@ from nested_attention.ui.studio import Result, Session, Slot, Studio, missing_pl
 
 PREVIEW_EVERY = 3  # steps between two previews
 CONTROLS = 9  # how many values of `Controls.inputs` come before those of the slots
-ORDINARY = {"person": ("a person", "a man", "a woman", "someone", "person"), "cat": ("a cat", "a kitten", "cat"), "vehicle": ("a vehicle", "a car", "vehicle")}
+ORDINARY = {
+    "person": ("a person", "a man", "a woman", "someone", "person"),
+    "cat": ("a cat", "a kitten", "cat"),
+    "vehicle": ("a vehicle", "a car", "vehicle"),
+}
 
 
 def insert_one(prompt: str, button: str, kind: str) -> str:
@@ -114,7 +118,11 @@ class Handlers:
             else:
                 files = [sources[picture] for picture in note.pictures if picture in sources]
                 slots += [note.kind, files if note.placeholder not in lost else gr.skip(), note.strength]
-        told = f"Settings restored. Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them." if lost else "Settings restored."
+        told = (
+            f"Settings restored. Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them."
+            if lost
+            else "Settings restored."
+        )
         return [*controls, *slots, told]
 
     def pick(self, event: gr.SelectData) -> list:

@@ -53,7 +53,15 @@ def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
                 gr.Markdown("**Which of its tokens answers where**")
                 areas = gr.AnnotatedImage(show_label=False, elem_id="regions")
         point = gr.Markdown(elem_id="point")
-        reference = gr.Gallery(label="Where those tokens were read from", columns=4, height=260, visible=False, object_fit="contain", fit_columns=False, elem_id="patches")
+        reference = gr.Gallery(
+            label="Where those tokens were read from",
+            columns=4,
+            height=260,
+            visible=False,
+            object_fit="contain",
+            fit_columns=False,
+            elem_id="patches",
+        )
         with gr.Row():
             with gr.Column(min_width=200):
                 gr.Markdown("**The subject's value, point by point** (main components as colours)")
@@ -84,12 +92,22 @@ def reset(studio: Studio, session: str) -> list:
     """New choices after a generation, and the pictures for the first of each: values of `choices + pictures`."""
     result = studio.session(session).result
     if result is None or not result.subjects:
-        nothing = [gr.Radio([], value=None), gr.Radio([], value=None), gr.Radio(["all"], value="all"), gr.Radio(list(PARTS), value="all steps")]
+        nothing = [
+            gr.Radio([], value=None),
+            gr.Radio([], value=None),
+            gr.Radio(["all"], value="all"),
+            gr.Radio(list(PARTS), value="all steps"),
+        ]
         return [*nothing, None, None, None, None]
     names = [subject.placeholder for subject in result.subjects]
     numbers = [str(k + 1) for k in range(len(result.files))]
     grids = ["all", *(f"{height} x {width}" for height, width in result.maps.resolutions)]
-    choices = [gr.Radio(names, value=names[0]), gr.Radio(numbers, value="1"), gr.Radio(grids, value="all"), gr.Radio(list(PARTS), value="all steps")]
+    choices = [
+        gr.Radio(names, value=names[0]),
+        gr.Radio(numbers, value="1"),
+        gr.Radio(grids, value="all"),
+        gr.Radio(list(PARTS), value="all steps"),
+    ]
     return [*choices, *show(studio, session, names[0], "1", "all", "all steps")]
 
 

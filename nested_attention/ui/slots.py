@@ -45,7 +45,10 @@ def slot_labels(values: Sequence) -> list[gr.Button]:
     slots = read_slots(values)
     filled = [slot.kind if slot.files else "" for slot in slots]
     names = iter(slot_names([kind for kind in filled if kind]))
-    return [gr.Button(f"Put {next(names)} into the prompt", interactive=True) if kind else gr.Button("Add a picture first", interactive=False) for kind in filled]
+    return [
+        gr.Button(f"Put {next(names)} into the prompt", interactive=True) if kind else gr.Button("Add a picture first", interactive=False)
+        for kind in filled
+    ]
 
 
 def look(files: Sequence[tuple[str, str | None]] | None, size: int) -> tuple[gr.Gallery, str]:
@@ -65,13 +68,30 @@ def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Bu
     for number in range(MAX_SUBJECTS):
         with gr.Group(visible=number == 0, elem_classes="slot") as group:
             with gr.Row():
-                kind = gr.Dropdown(list(kinds), value=kinds[number % len(kinds)] if number < 2 else kinds[0], label=f"Subject {number + 1}", min_width=110, elem_id=f"kind-{number}")
-                strength = gr.Slider(0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140)
+                kind = gr.Dropdown(
+                    list(kinds),
+                    value=kinds[number % len(kinds)] if number < 2 else kinds[0],
+                    label=f"Subject {number + 1}",
+                    min_width=110,
+                    elem_id=f"kind-{number}",
+                )
+                strength = gr.Slider(
+                    0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
+                )
             files = gr.Gallery(
                 label="Its pictures: upload or paste one or several", type="filepath", columns=4, height=170, fit_columns=False,
                 interactive=True, sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
             )  # fmt: skip
-            preview = gr.Gallery(label="What the encoder sees", columns=5, height=130, interactive=False, visible=False, allow_preview=False, object_fit="contain", fit_columns=False)
+            preview = gr.Gallery(
+                label="What the encoder sees",
+                columns=5,
+                height=130,
+                interactive=False,
+                visible=False,
+                allow_preview=False,
+                object_fit="contain",
+                fit_columns=False,
+            )
             note = gr.Markdown(elem_classes="problem")
             with gr.Row():
                 insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
@@ -82,7 +102,10 @@ def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Bu
     labels = [panel.insert for panel in panels]
     opened = gr.State(1)
     more.click(lambda n: min(n + 1, MAX_SUBJECTS), opened, opened, api_visibility="private").then(
-        lambda n: [gr.Group(visible=k < n) for k in range(MAX_SUBJECTS)], opened, [panel.group for panel in panels], api_visibility="private"
+        lambda n: [gr.Group(visible=k < n) for k in range(MAX_SUBJECTS)],
+        opened,
+        [panel.group for panel in panels],
+        api_visibility="private",
     )
     for panel in panels:
         panel.files.change(lambda files: look(files, size), panel.files, [panel.preview, panel.note], api_visibility="private")

@@ -92,9 +92,7 @@ class Studio:
         """The subjects of all slots that hold a picture."""
         filled = [slot for slot in slots if slot.files]
         names = slot_names([slot.kind for slot in filled])
-        return [
-            self.encode(session, slot.kind, slot.files, name, slot.strength, **knobs) for slot, name in zip(filled, names, strict=True)
-        ]
+        return [self.encode(session, slot.kind, slot.files, name, slot.strength, **knobs) for slot, name in zip(filled, names, strict=True)]
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
         """Progress after every step, then the result, which the session keeps."""
@@ -118,7 +116,9 @@ class Studio:
 
     def _keep(self, session: Session, generation: Generation, subjects: tuple[Subject, ...], maps: Trace) -> Result:
         notes = tuple(
-            SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(session.cache.key(i.picture, "")[0] for i in s.images))
+            SubjectNote(
+                s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(session.cache.key(i.picture, "")[0] for i in s.images)
+            )
             for s in subjects
         )
         provenance = Provenance(self.pipe.base.name, generation.settings, notes)
@@ -126,7 +126,9 @@ class Studio:
         for k, image in enumerate(generation.images):
             path = Path(session.folder.name) / f"{time.time_ns()}-seed{generation.settings.seed + k}.png"
             single = Provenance(
-                provenance.base, type(generation.settings)(**generation.settings.as_dict() | {"seed": generation.settings.seed + k, "num_images": 1}), notes
+                provenance.base,
+                type(generation.settings)(**generation.settings.as_dict() | {"seed": generation.settings.seed + k, "num_images": 1}),
+                notes,
             )
             single.save(image, path)
             files.append(str(path))

@@ -43,9 +43,7 @@ def _avataaars() -> dict:
 
 def _svg(element: dict, variant: dict[str, str], colour: str) -> str:
     """One element of the style's JSON as SVG text, every colour slot filled with `colour`."""
-    attributes = "".join(
-        f' {key}="{colour if isinstance(value, dict) else value}"' for key, value in element.get("attributes", {}).items()
-    )
+    attributes = "".join(f' {key}="{colour if isinstance(value, dict) else value}"' for key, value in element.get("attributes", {}).items())
     if element["type"] == "component":
         chosen = variant.get(element["name"])
         children = _avataaars()["components"][element["name"]]["variants"][chosen]["elements"] if chosen else []
@@ -67,8 +65,7 @@ def avataaars(component: str, variant: str = "") -> Layer:
         body = "".join(
             _svg(element, chosen, colour)
             for element in _avataaars()["canvas"]["elements"]
-            if (element["type"] == "component") == (component != "skin")
-            and (component == "skin" or element["name"] == component)
+            if (element["type"] == "component") == (component != "skin") and (component == "skin" or element["name"] == component)
         )
         return premultiplied(rasterize(f'<svg {SVG} viewBox="0 0 280 280" fill="none">{body}</svg>', NATIVE))
 

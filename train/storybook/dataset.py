@@ -32,7 +32,9 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def token_mask(text: str, spans: tuple[tuple[int, int], ...], tokenizer: CLIPTokenizer, subjects: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def token_mask(
+    text: str, spans: tuple[tuple[int, int], ...], tokenizer: CLIPTokenizer, subjects: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `(L,)` of `text`, and for each subject which of them name it: `(subjects, L)` bool.
 
     Only the last token of a noun phrase names the subject ("a delivery truck" -> "truck").

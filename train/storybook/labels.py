@@ -15,9 +15,7 @@ PAIR_VIEW = 78  # side in pixels of the corner that shows one of two subjects
 
 def questions() -> dict[str, tuple[str, ...]]:
     """Name -> possible answers: scene, style, kind, and per kind its identity and attribute fields ("person hair")."""
-    fields = {
-        f"{name} {field}": values for name, kind in KINDS.items() for field, values in (kind.identity | kind.attributes).items()
-    }
+    fields = {f"{name} {field}": values for name, kind in KINDS.items() for field, values in (kind.identity | kind.attributes).items()}
     return {"scene": SCENES, "style": tuple(STYLES), "kind": tuple(KINDS), **fields}
 
 
@@ -46,4 +44,3 @@ class View:
 
     image: np.ndarray
     answers: np.ndarray
-

@@ -31,8 +31,8 @@ class Layer:
         if not len(rows):
             rows, columns = np.zeros(1, int), np.zeros(1, int)
         window = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
-        parts = (np.ascontiguousarray(array[window], np.float32) for array in (base, alpha, tint))
-        return cls(*parts, top=int(rows.min()), left=int(columns.min()))
+        base, alpha, tint = (np.ascontiguousarray(array[window], np.float32) for array in (base, alpha, tint))
+        return cls(base, alpha, tint, int(rows.min()), int(columns.min()))
 
 
 class Drawing:

@@ -52,5 +52,5 @@ class Pairs(Dataset):
 def weakened(image: np.ndarray, noise: np.random.Generator) -> np.ndarray:
     """A little blur, noise and shift of brightness."""
     soft = cv2.GaussianBlur(image, (0, 0), float(noise.uniform(0.3, 1.3))).astype(np.float32)
-    soft = soft * noise.uniform(0.92, 1.08) + noise.normal(0, noise.uniform(0, 8), image.shape)
-    return np.clip(soft, 0, 255).astype(np.uint8)
+    noisy = soft * noise.uniform(0.92, 1.08) + noise.normal(0, noise.uniform(0, 8), image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)

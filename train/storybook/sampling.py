@@ -49,10 +49,7 @@ def split_of(kind: str, identity: Values) -> str:
 
 def sample_values(fields: dict[str, tuple[str, ...]], rng: random.Random) -> Values:
     """One value a field; "none" is given three times in ten on top of its share."""
-    return {
-        field: "none" if "none" in values and rng.random() < 0.3 else rng.choice(values)
-        for field, values in fields.items()
-    }
+    return {field: "none" if "none" in values and rng.random() < 0.3 else rng.choice(values) for field, values in fields.items()}
 
 
 def sample_identity(kind: str, split: str, rng: random.Random) -> Values:

@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+PAPER = np.array([0.93, 0.96, 1.0], np.float32)  # lines of a blueprint
+INK = np.array([0.11, 0.3, 0.64], np.float32)  # its ground
+SEPIA = np.array([1.08, 0.88, 0.66], np.float32)
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ def sketch(rgb: np.ndarray) -> np.ndarray:
 
 def blueprint(rgb: np.ndarray) -> np.ndarray:
     line = 1 - strokes(rgb)
-    return line * np.float32([0.93, 0.96, 1.0]) + (1 - line) * np.float32([0.11, 0.3, 0.64])
+    return line * PAPER + (1 - line) * INK
 
 
 def sepia(rgb: np.ndarray) -> np.ndarray:
-    return np.clip((rgb @ LUMA)[..., None] * np.float32([1.08, 0.88, 0.66]) + np.float32([0.03, 0.02, 0.0]), 0, 1)
+    return np.clip((rgb @ LUMA)[..., None] * SEPIA + np.array([0.03, 0.02, 0.0], np.float32), 0, 1)
 
 
 def monochrome(rgb: np.ndarray) -> np.ndarray:

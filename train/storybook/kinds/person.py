@@ -54,7 +54,7 @@ def draw(identity: Values, attributes: Values) -> Drawing:
 
 
 def noun(identity: Values, rng: random.Random) -> str:
-    """"a person" half of the time, else by hair and beard "a man", "a woman", ..."""
+    """ "a person" half of the time, else by hair and beard "a man", "a woman", ..."""
     if rng.random() < 0.5:
         return rng.choice(("a person", "a person", "someone", "a character"))
     if identity["beard"] != "none" or identity["hair"] in HAIRCUTS["short"]:

@@ -28,7 +28,14 @@ MODELS: dict[str, tuple[str, tuple[float, float], tuple[float, float], tuple[flo
     "motorcycle": ("motorcycle", (325, 15), (0.52, 0.62), (0.70, 0.34)),
     "train": ("locomotive", (320, 12), (0.75, 0.55), (0.75, 0.20)),
 }
-LOADS = {"none": "", "gift": "wrapped-gift", "suitcase": "luggage", "plant": "potted-plant", "teddy bear": "teddy-bear", "balloon": "balloon"}
+LOADS = {
+    "none": "",
+    "gift": "wrapped-gift",
+    "suitcase": "luggage",
+    "plant": "potted-plant",
+    "teddy bear": "teddy-bear",
+    "balloon": "balloon",
+}
 EMBLEMS = ("none", "star", "heart", "disc", "bolt")
 PARTS = ("body", "emblem", "load")
 FLOOR = 0.82  # the vehicle is drawn at this scale, so that a load fits above it
@@ -50,13 +57,15 @@ def emblem(name: str) -> np.ndarray:
     turn = np.linspace(0, 2 * np.pi, 80)
     outline = {
         "star": np.stack([np.cos(angle), np.sin(angle)], 1) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None],
-        "heart": np.stack([np.sin(turn) ** 3, -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16], 1),
+        "heart": np.stack(
+            [np.sin(turn) ** 3, -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16], 1
+        ),
         "disc": np.stack([np.cos(turn), np.sin(turn)], 1) * 0.8,
         "bolt": np.array([(0.25, -1), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1), (0.65, -0.25), (0.1, -0.25)]),
     }[name]
     badge = np.zeros((side * scale, side * scale, 4), np.uint8)
     cv2.circle(badge, (side * scale // 2, side * scale // 2), side * scale // 2 - 1, (38, 42, 74, 255), -1)
-    cv2.fillPoly(badge, [np.int32((outline * 0.66 + 1) * side * scale / 2)], (255, 255, 255, 255))
+    cv2.fillPoly(badge, [((outline * 0.66 + 1) * side * scale / 2).astype(np.int32)], (255, 255, 255, 255))
     return cv2.resize(badge, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
@@ -81,7 +90,7 @@ def draw(identity: Values, attributes: Values) -> Drawing:
 
 
 def noun(identity: Values, rng: random.Random) -> str:
-    """"a vehicle" mostly; its model is part of its identity and only sometimes said."""
+    """ "a vehicle" mostly; its model is part of its identity and only sometimes said."""
     return "a vehicle" if rng.random() < 0.7 else f"{'an' if identity['model'] in ('suv', 'ambulance') else 'a'} {identity['model']}"
 
 

@@ -1,0 +1,37 @@
+# Everything sets itself up on a fresh machine: `make app`, `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: app test check clean
+
+app: .venv/app
+	$(BIN)/python app.py
+
+test: .venv/dev chromium
+	$(BIN)/python -m pytest -q
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/app: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@ .venv/app
+
+# The browser test needs a Chromium; on Debian and Ubuntu, as root, it is installed.
+.PHONY: chromium
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	|| echo "No Chromium found and none could be installed: the browser test will fail and say so."
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
