@@ -24,6 +24,8 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.bases import Base
 from nested_attention.encoder import ImageConfig, QFormerConfig
+from nested_attention.patches import PatchAutoencoder
+from train.objective import flow_scheduler
 from train.text import build_tokenizer
 
 WIDTH = 32
@@ -80,10 +82,24 @@ def stock(architecture: str) -> DiffusionPipeline:
     return made
 
 
-def vision() -> CLIPVisionModelWithProjection:
+def storybook() -> DiffusionPipeline:
+    """The architecture of Storybook: 128 x 128 pixels in patches of 8 x 8."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=192, out_channels=192, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=(2, 2),
+        cross_attention_dim=WIDTH, use_linear_projection=True,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=PatchAutoencoder(8), text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(), unet=unet, scheduler=flow_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def vision(size: int = 32) -> CLIPVisionModelWithProjection:
     torch.manual_seed(1)
     config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=16
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=8, projection_dim=16
     )
     return CLIPVisionModelWithProjection(config).eval()
 

@@ -1,0 +1,177 @@
+"""Training: what is frozen stays frozen, a run that was stopped goes on exactly, files come back as they were saved."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, AdapterConfig, list_adapters
+from nested_attention.bases import BASES
+from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
+from nested_attention.loading import load_base
+from tests import tiny
+from train.adapter import AdapterTask, Personalizer
+from train.base import Routing, TextToImage, routing_loss
+from train.loop import LoopConfig, fit
+from train.objective import FlowObjective, flow_scheduler
+from train.optim import orthogonalized
+from train.storybook.dataset import Diffusion
+
+LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
+
+
+class Stopped(Exception):
+    pass
+
+
+class SmallTask(AdapterTask):
+    """Adapter training on tiny Storybook components; draws no grids and can be made to stop."""
+
+    stop_after = 10**9
+
+    def loss(self, model, batch):
+        if self.stop_after == 0:
+            raise Stopped
+        self.stop_after -= 1
+        return super().loss(model, batch)
+
+    def grid(self, model, path: Path) -> None:
+        pass
+
+
+def task() -> SmallTask:
+    pipe = NestedAttentionPipeline(BASES["storybook"], tiny.storybook(), {}, {})
+    torch.manual_seed(3)
+    sizes = QFormerConfig(num_tokens=4, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=tiny.WIDTH)
+    config = AdapterConfig("cat", "cat", "storybook", "vision", qformer=sizes, image=ImageConfig(128))
+    return SmallTask(Personalizer(pipe, Adapter(config, pipe.stock.unet), tiny.vision(128)), pipe, Diffusion())
+
+
+def test_only_the_adapter_learns(tmp_path: Path) -> None:
+    made = task()
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    fit(made, LOOP, tmp_path, {})
+    changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("adapter.") for name in changed)
+    assert {name.split(".")[1] for name in changed} == {"qformer", "layers"}
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
+    whole = fit(task(), LOOP, tmp_path / "whole", {})
+    interrupted = task()
+    interrupted.stop_after = 2
+    with pytest.raises(Stopped):
+        fit(interrupted, LOOP, tmp_path / "parts", {})
+    resumed = fit(task(), LOOP, tmp_path / "parts", {})
+    for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_an_adapter_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("sd")
+    adapter = pipe.adapters["cat"]
+    adapter.save(tmp_path / "cat", torch.float32)
+    again = Adapter.load(tmp_path / "cat", pipe.stock.unet)
+    assert again.config == adapter.config and len(again.revision) == 16
+    assert all(torch.equal(a, b) for a, b in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True))
+    assert list_adapters(tmp_path) == {"cat": tmp_path / "cat"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "other width", "no config", "config cut off"])
+def test_damaged_adapters_are_named(tmp_path: Path, damage: str) -> None:
+    pipe, folder = tiny.pipeline("sd"), tmp_path / "cat"
+    pipe.adapters["cat"].save(folder)
+    weights = folder / WEIGHTS
+    unet = pipe.stock.unet
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif damage == "other width":
+        unet = tiny.stock("sdxl").unet
+    elif damage == "no config":
+        (folder / CONFIG).unlink()
+    else:
+        (folder / CONFIG).write_text('{"kind": ')
+    words = "made for the base" if damage == "other width" else f"{CONFIG if 'config' in damage else WEIGHTS}.*git checkout"
+    with pytest.raises(NestedAttentionError, match=words):
+        Adapter.load(folder, unet)
+
+
+def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.stock("sd").save_pretrained(tmp_path)
+    weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.setitem(BASES, "broken", replace(BASES["storybook"], name="broken", source=str(tmp_path)))
+    with pytest.raises(NestedAttentionError, match=r"broken.*git checkout"):
+        load_base("broken", None, None)
+    with pytest.raises(NestedAttentionError, match="no base model called 'flux'"):
+        load_base("flux", None, None)
+
+
+def test_where_tokens_were_read_from_is_a_probability() -> None:
+    torch.manual_seed(0)
+    qformer = QFormer(QFormerConfig(num_tokens=5, width=32, depth=3, heads=2, head_dim=16, feature_dim=24, output_dim=16))
+    features = torch.randn(2, 17, 24)
+    assert qformer(features).shape == (2, 5, 16)
+    reading = qformer.reading(features)
+    assert reading.shape == (2, 5, 17)
+    torch.testing.assert_close(reading.sum(-1), torch.ones(2, 5))
+
+
+def test_nested_projections_start_from_the_layer() -> None:
+    unet = tiny.stock("sd").unet
+    sizes = QFormerConfig(output_dim=tiny.WIDTH)
+    adapter = Adapter(AdapterConfig("cat", "cat", "tiny", "vision", qformer=sizes), unet)
+    for name, layer in zip(adapter.names, adapter.layers, strict=True):
+        own = unet.get_submodule(name.removesuffix(".processor"))
+        assert torch.equal(layer.to_k.weight, own.to_k.weight) and torch.equal(layer.to_v.weight, own.to_v.weight)
+
+
+def test_routing_rewards_attention_inside_the_subject() -> None:
+    names = torch.zeros(1, 2, 6, dtype=torch.bool)
+    names[0, 0, 3] = True
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 0, :, :4] = 1
+    inside = masks[0, 0].reshape(-1)
+    good, bad = torch.full((1, 64, 6), 0.05), torch.full((1, 64, 6), 0.05)
+    good[0, :, 3], bad[0, :, 3] = 0.4 * inside, 0.4 * (1 - inside)
+    floor = Routing().floor
+    assert routing_loss([good], names, masks, floor)[0] == 0 < routing_loss([bad], names, masks, floor)[0]
+    assert abs(float(routing_loss([good], names, masks, floor)[1]) - 0.4) < 1e-6
+
+
+def test_watched_attention_is_stock_attention() -> None:
+    stock = tiny.storybook()
+    noisy, ids = torch.randn(2, 192, 16, 16), tiny.tokenizer()(["a cat", "a man"], padding="max_length", return_tensors="pt").input_ids
+    timesteps = torch.tensor([100.0, 700.0])
+    plain = stock.unet(noisy, timesteps, stock.text_encoder(ids).last_hidden_state).sample
+    watched, seen = TextToImage(stock.unet, stock.text_encoder)(noisy, timesteps, ids)
+    torch.testing.assert_close(plain, watched, atol=1e-4, rtol=1e-4)
+    assert all(torch.allclose(shares.sum(-1), torch.ones(shares.shape[:-1])) for shares in seen)
+
+
+def test_the_sampler_belongs_to_the_objective() -> None:
+    """With a perfect model the scheduler's path leads to the clean picture, and its first noise level is pure noise."""
+    torch.manual_seed(0)
+    clean, noise = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    scheduler = flow_scheduler()
+    scheduler.set_timesteps(8)
+    x = noise
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        level = sigma[None].float()
+        torch.testing.assert_close(x, FlowObjective().noisy(clean, noise, level), atol=5e-3, rtol=0)
+        assert abs(float(t) - float(FlowObjective().timesteps(level)[0])) <= 1
+        x = scheduler.step(clean, t, x).prev_sample
+    torch.testing.assert_close(x, clean)
+
+
+def test_muon_updates_are_orthogonal() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalized(torch.randn(3, 20, 50)).float())
+    assert 0.6 < values.min() and values.max() < 1.3
