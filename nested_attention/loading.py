@@ -22,6 +22,10 @@ def best_device() -> torch.device:
 def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[Base, DiffusionPipeline]:
     """The preset and its stock diffusers pipeline, frozen, on `device` in `dtype`."""
     preset = find_base(name)
+    if preset.revision is None and not (Path(preset.source) / "model_index.json").is_file():
+        raise NestedAttentionError(
+            f"the base model {preset.name} is not in {preset.source}; get it back with `git checkout -- {preset.source}` or download it again."
+        )
     target = torch.device(device) if device is not None else best_device()
     precision = dtype or (torch.float32 if target.type == "cpu" else torch.float16)
     try:

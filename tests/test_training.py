@@ -110,6 +110,9 @@ def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(BASES, "broken", replace(BASES["storybook"], name="broken", source=str(tmp_path)))
     with pytest.raises(NestedAttentionError, match=r"broken.*git checkout"):
         load_base("broken", None, None)
+    monkeypatch.setitem(BASES, "gone", replace(BASES["storybook"], name="gone", source=str(tmp_path / "gone")))
+    with pytest.raises(NestedAttentionError, match=r"gone is not in .*git checkout"):
+        load_base("gone", None, None)
     with pytest.raises(NestedAttentionError, match="no base model called 'flux'"):
         load_base("flux", None, None)
 

@@ -1,0 +1,20 @@
+"""`python -m nested_attention COMMAND`: what can be done without the app."""
+
+import argparse
+
+from nested_attention import bench
+
+COMMANDS = {"bench": bench}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m nested_attention", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, description=module.__doc__, help=(module.__doc__ or "").splitlines()[0]))
+    options = parser.parse_args()
+    COMMANDS[options.command].run(options)
+
+
+if __name__ == "__main__":
+    main()
