@@ -33,7 +33,7 @@ class AdapterConfig:
         word: the ordinary word whose embedding the placeholder copies. One token in the base's tokenizers.
         base: name of the base it was trained on.
         image_encoder: folder of the frozen image encoder, relative to the adapter's, or a Hub repo id.
-        image_subfolder: where in that repo.
+        image_subfolder, image_revision: where in that repo, and at which commit.
         value_norm, lam: see `attention.LayerSubject`; `lam` is the default that a request may override.
         qformer, image: sizes.
         licence: of the weights.
@@ -45,6 +45,7 @@ class AdapterConfig:
     base: str
     image_encoder: str
     image_subfolder: str = ""
+    image_revision: str | None = None
     value_norm: ValueNorm = "none"
     lam: float = 1.0
     qformer: QFormerConfig = field(default_factory=QFormerConfig)

@@ -13,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.encoder import ImageConfig, image_features
 from nested_attention.errors import NestedAttentionError
+from nested_attention.hub import fetch
 from nested_attention.images import padded_square
 from nested_attention.subjects import EncodedImage, SubjectCache
 
@@ -36,10 +37,11 @@ class ImageEncoders:
         source = config.image_encoder
         with self._lock:
             if source not in self._loaded:
-                folder = self._folders[config.kind] / source
-                path = folder if folder.is_dir() else Path(source)
+                path = self._folders[config.kind] / source
+                if not path.is_dir() and not source.startswith("."):  # a repo on the Hub
+                    path = fetch(source, config.image_revision, [f"{config.image_subfolder}/*"])
                 try:
-                    encoder = CLIPVisionModelWithProjection.from_pretrained(path, subfolder=config.image_subfolder)
+                    encoder = CLIPVisionModelWithProjection.from_pretrained(path / config.image_subfolder)
                 except (OSError, ValueError, RuntimeError) as error:
                     raise NestedAttentionError(
                         f"the image encoder {path} cannot be loaded ({error}); get it back with `git checkout -- {path}` or download it again."

@@ -1,0 +1,84 @@
+"""The Hugging Face Hub: every repo at one fixed commit, and errors as sentences.
+
+A repo whose commit is not in a preset is resolved once; the commit is recorded in `revisions.json` in the Hub cache and
+used from then on. Delete the entry to follow the repo again.
+"""
+
+import json
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nested_attention.errors import NestedAttentionError
+
+
+def record_file() -> Path:
+    """Where resolved commits are recorded."""
+    return Path(constants.HF_HOME) / "nested_attention" / "revisions.json"
+
+
+def commit_of(repo: str) -> str:
+    """The recorded commit of `repo`; at the first time the newest one, which is then recorded."""
+    path = record_file()
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    if repo not in recorded:
+        with spoken_errors(repo):
+            recorded[repo] = HfApi().model_info(repo).sha
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(recorded, indent=1) + "\n")
+        fresh.replace(path)
+    return recorded[repo]
+
+
+def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of `repo` that match `patterns`, at `revision` or the recorded commit, as a local folder.
+
+    What is in the cache is not fetched again; an interrupted download goes on where it stopped.
+
+    Raises:
+        NestedAttentionError: no such repo or revision, no access, no network, or no room on the disk.
+    """
+    revision = revision or commit_of(repo)
+    with spoken_errors(repo, revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
+    """Turns what the Hub library raises into one sentence with the next step."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise NestedAttentionError(f"{repo} asks for consent first; open its page on the Hub, accept, and log in with `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise NestedAttentionError(f"there is no repo {repo} on the Hub, or it is private; check the name, or log in with `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise NestedAttentionError(
+            f"{repo} has no revision {revision} any more; name another one, or remove its line from {record_file()} to take the newest."
+        ) from error
+    except HFValidationError as error:
+        raise NestedAttentionError(f"{repo!r} is neither a folder nor a repo id of the form user/name; check the spelling.") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no")
+        raise NestedAttentionError(f"the Hub refused {repo} (status {status}); try again later, or log in with `hf auth login`.") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise NestedAttentionError(f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here.") from error
+    except OSError as error:
+        if error.errno == ENOSPC:
+            raise NestedAttentionError(f"the disk is full: {repo} does not fit into {constants.HF_HOME}; free some room, or set HF_HOME.") from error
+        raise NestedAttentionError(f"{repo} is not in the cache and the Hub cannot be reached ({error}); connect once, or copy its folder here.") from error
+
+
