@@ -2,9 +2,9 @@
 
 import argparse
 
-from nested_attention import bench
+from nested_attention import bench, released
 
-COMMANDS = {"bench": bench}
+COMMANDS = {"bench": bench, "import-released": released}
 
 
 def main() -> None:

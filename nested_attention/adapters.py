@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nested_attention.attention import ValueNorm
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
-from nested_attention.errors import NestedAttentionError
+from nested_attention.errors import NestedAttentionError, get_back
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 LayerKV = dict[str, tuple[Tensor, Tensor]]  # layer name -> nested keys and values, each (B, heads, N, d)
@@ -143,26 +143,18 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise NestedAttentionError(
-            f"{path} is missing, so {folder} is not an adapter; get it back with `git checkout -- {folder}` or download it again."
-        ) from error
+        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; {get_back(folder)}.") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise NestedAttentionError(
-            f"{path} is damaged ({error}); get it back with `git checkout -- {path}` or download it again."
-        ) from error
+        raise NestedAttentionError(f"{path} is damaged ({error}); {get_back(path)}.") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise NestedAttentionError(
-            f"the weights file {path} is missing; get it back with `git checkout -- {path}` or download it again."
-        ) from error
+        raise NestedAttentionError(f"the weights file {path} is missing; {get_back(path)}.") from error
     except (SafetensorError, ValueError, OSError) as error:
-        raise NestedAttentionError(
-            f"the weights file {path} is damaged or cut off ({error}); get it back with `git checkout -- {path}` or download it again."
-        ) from error
+        raise NestedAttentionError(f"the weights file {path} is damaged or cut off ({error}); {get_back(path)}.") from error
 
 
 def list_adapters(folder: Path) -> dict[str, Path]:

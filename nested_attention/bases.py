@@ -1,11 +1,14 @@
-"""The base models that are known by name. A preset is data; every base runs through the same classes."""
+"""The base models that are known by name, and others of the same architectures. A preset is data; every base runs
+through the same classes."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_attention.errors import NestedAttentionError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.py"]  # what is fetched of a base: no pickles
 
 
 @dataclass(frozen=True)
@@ -14,18 +17,23 @@ class Base:
 
     Attributes:
         name: how `from_pretrained` and adapters call it.
+        pipeline: the diffusers pipeline class, as `model_index.json` names it.
         source: a diffusers folder, or a Hub repo id.
-        revision: commit of the repo; None for a folder.
+        revision: commit of the repo; None for a folder, or where the first download decides (see `hub`).
+        variant: weight files to load, such as "fp16"; None for the plain ones.
         adapters: folder with adapters that come along, or None.
         steps, guidance_scale, negative_prompt: defaults of a generation.
         fast_steps: enough for a quick look.
         size: default side in pixels. `sizes`: smallest and largest side, and what both sides are multiples of.
+        gigabytes: of weights in 16 bit, to be downloaded and to be held.
         licence: of the weights.
     """
 
     name: str
+    pipeline: str
     source: str
     revision: str | None
+    variant: str | None
     adapters: Path | None
     steps: int
     fast_steps: int
@@ -33,6 +41,7 @@ class Base:
     negative_prompt: str
     size: int
     sizes: tuple[int, int, int]
+    gigabytes: float
     licence: str
 
 
@@ -40,19 +49,58 @@ BASES = {
     base.name: base
     for base in (
         Base(
-            "storybook", str(ASSETS / "storybook/base"), None, ASSETS / "storybook/adapters", steps=24, fast_steps=10,
-            guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), licence="MIT",
+            "storybook", "StableDiffusionPipeline", str(ASSETS / "storybook/base"), None, None, ASSETS / "storybook/adapters",
+            steps=24, fast_steps=10, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07, licence="MIT",
+        ),
+        Base(
+            "sd15", "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            "fp16", None, steps=30, fast_steps=12, guidance_scale=7.0, negative_prompt="", size=512, sizes=(256, 1024, 8),
+            gigabytes=2.1, licence="CreativeML Open RAIL-M",
+        ),
+        Base(
+            "sdxl", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
+            "fp16", None, steps=30, fast_steps=12, guidance_scale=5.0,
+            negative_prompt="bad anatomy, monochrome, lowres, worst quality, low quality", size=1024, sizes=(512, 2048, 8),
+            gigabytes=6.9, licence="CreativeML Open RAIL++-M",
         ),
     )
 }  # fmt: skip
+ARCHITECTURES = {"StableDiffusionPipeline": BASES["sd15"], "StableDiffusionXLPipeline": BASES["sdxl"]}
 
 
 def find_base(name: str) -> Base:
-    """The preset called `name`.
+    """The preset called `name`, or one for a diffusers folder or Hub repo id `user/name` of a known architecture.
+
+    A repo's architecture is only known once it is fetched; until then it counts as SDXL.
 
     Raises:
         NestedAttentionError: there is none.
     """
-    if name not in BASES:
-        raise NestedAttentionError(f"there is no base model called {name!r}; known are {', '.join(BASES)}.")
-    return BASES[name]
+    if name in BASES:
+        return BASES[name]
+    index = Path(name) / "model_index.json"
+    if index.is_file():
+        return replace(of_architecture(name, index), name=name, source=str(Path(name).resolve()), revision=None, variant=None)
+    if name.count("/") == 1 and not Path(name).exists():
+        return replace(BASES["sdxl"], name=name, source=name, revision=None, variant=None, licence="see its page on the Hub")
+    raise NestedAttentionError(
+        f"there is no base model called {name!r}; known are {', '.join(BASES)}, or give a diffusers folder or a Hub repo id."
+    )
+
+
+def of_architecture(name: str, index: Path) -> Base:
+    """The preset with the architecture that `model_index.json` names.
+
+    Raises:
+        NestedAttentionError: the architecture is another one, such as FLUX or SD3, or the file is damaged.
+    """
+    try:
+        found = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NestedAttentionError(f"{index} is damaged; download {name} again.") from error
+    if found not in ARCHITECTURES:
+        raise NestedAttentionError(
+            f"{name} is a {found.removesuffix('Pipeline')} model; adapters here are made for {' and '.join(c.removesuffix('Pipeline') for c in ARCHITECTURES)}. "
+            "Choose a model of one of these."
+        )
+    return ARCHITECTURES[found]

@@ -38,7 +38,11 @@ def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
 
 def storybook() -> dict[str, float]:
     """Seconds for what a visitor waits for."""
-    out = {"import and load": float(subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD], capture_output=True, text=True, check=True).stdout)}
+    out = {
+        "import and load": float(
+            subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD], capture_output=True, text=True, check=True).stdout
+        )
+    }
     pipe = NestedAttentionPipeline.from_pretrained("storybook")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     kind = pipe.kinds[0]

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.encoder import ImageConfig, image_features
-from nested_attention.errors import NestedAttentionError
+from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.hub import fetch
 from nested_attention.images import padded_square
 from nested_attention.subjects import EncodedImage, SubjectCache
@@ -43,9 +43,7 @@ class ImageEncoders:
                 try:
                     encoder = CLIPVisionModelWithProjection.from_pretrained(path / config.image_subfolder)
                 except (OSError, ValueError, RuntimeError) as error:
-                    raise NestedAttentionError(
-                        f"the image encoder {path} cannot be loaded ({error}); get it back with `git checkout -- {path}` or download it again."
-                    ) from error
+                    raise NestedAttentionError(f"the image encoder {path} cannot be loaded ({error}); {get_back(path)}.") from error
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
 

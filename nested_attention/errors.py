@@ -5,5 +5,10 @@ class NestedAttentionError(ValueError):
     """A request or a file that cannot be used. Its text is fit to be shown to a person."""
 
 
+def get_back(path: object) -> str:
+    """How to get a lost or damaged file back: shipped ones from git, others from where they came."""
+    return f"get it back with `git checkout -- {path}` or download it again"
+
+
 class Cancelled(Exception):
     """The person asked to stop; nothing was wrong."""

@@ -5,7 +5,6 @@ used from then on. Delete the entry to follow the repo again.
 """
 
 import json
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
@@ -62,9 +61,13 @@ def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise NestedAttentionError(f"{repo} asks for consent first; open its page on the Hub, accept, and log in with `hf auth login`.") from error
+        raise NestedAttentionError(
+            f"{repo} asks for consent first; open its page on the Hub, accept, and log in with `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise NestedAttentionError(f"there is no repo {repo} on the Hub, or it is private; check the name, or log in with `hf auth login`.") from error
+        raise NestedAttentionError(
+            f"there is no repo {repo} on the Hub, or it is private; check the name, or log in with `hf auth login`."
+        ) from error
     except RevisionNotFoundError as error:
         raise NestedAttentionError(
             f"{repo} has no revision {revision} any more; name another one, or remove its line from {record_file()} to take the newest."
@@ -75,10 +78,14 @@ def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
         status = getattr(error.response, "status_code", "no")
         raise NestedAttentionError(f"the Hub refused {repo} (status {status}); try again later, or log in with `hf auth login`.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise NestedAttentionError(f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here.") from error
+        raise NestedAttentionError(
+            f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here."
+        ) from error
     except OSError as error:
         if error.errno == ENOSPC:
-            raise NestedAttentionError(f"the disk is full: {repo} does not fit into {constants.HF_HOME}; free some room, or set HF_HOME.") from error
-        raise NestedAttentionError(f"{repo} is not in the cache and the Hub cannot be reached ({error}); connect once, or copy its folder here.") from error
-
-
+            raise NestedAttentionError(
+                f"the disk is full: {repo} does not fit into {constants.HF_HOME}; free some room, or set HF_HOME."
+            ) from error
+        raise NestedAttentionError(
+            f"{repo} is not in the cache and the Hub cannot be reached ({error}); connect once, or copy its folder here."
+        ) from error

@@ -1,16 +1,20 @@
-"""Loading base models and adapters."""
+"""Loading base models and adapters, from folders or from the Hub."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 import nested_attention.patches  # noqa: F401  (diffusers finds Storybook's patch autoencoder in loaded modules only)
-from nested_attention.adapters import Adapter, list_adapters, read_config
-from nested_attention.bases import Base, find_base
-from nested_attention.errors import NestedAttentionError
+from nested_attention import released
+from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
+from nested_attention.bases import FILES, Base, find_base, of_architecture
+from nested_attention.errors import NestedAttentionError, get_back
+from nested_attention.hub import fetch
 
 
 def best_device() -> torch.device:
@@ -19,22 +23,58 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(wanted: str | torch.device | None) -> torch.device:
+    """`wanted`, or the best there is.
+
+    Raises:
+        NestedAttentionError: CUDA or MPS was asked for and is not there, or there is no such kind of device.
+    """
+    if wanted is None:
+        return best_device()
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise NestedAttentionError(f"there is no device called {wanted!r}; use cuda, mps or cpu.") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(device.type, False):
+        raise NestedAttentionError(
+            f'{device.type} was asked for, but PyTorch finds none on this machine; use device="{best_device().type}".'
+        )
+    return device
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """float16 on a GPU; on a CPU bfloat16 where it computes in it, else float32."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def base_folder(base: Base) -> Path:
+    """The folder of a base model, fetched if it is on the Hub.
+
+    Raises:
+        NestedAttentionError: it is not there and cannot be fetched.
+    """
+    folder = Path(base.source)
+    if not folder.is_absolute():
+        return fetch(base.source, base.revision, FILES)
+    if not (folder / "model_index.json").is_file():
+        raise NestedAttentionError(f"the base model {base.name} is not in {folder}; {get_back(folder)}.")
+    return folder
+
+
 def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[Base, DiffusionPipeline]:
     """The preset and its stock diffusers pipeline, frozen, on `device` in `dtype`."""
-    preset = find_base(name)
-    if preset.revision is None and not (Path(preset.source) / "model_index.json").is_file():
-        raise NestedAttentionError(
-            f"the base model {preset.name} is not in {preset.source}; get it back with `git checkout -- {preset.source}` or download it again."
-        )
-    target = torch.device(device) if device is not None else best_device()
-    precision = dtype or (torch.float32 if target.type == "cpu" else torch.float16)
+    preset, target = find_base(name), usable_device(device)
+    folder = base_folder(preset)
+    architecture = of_architecture(preset.name, folder / "model_index.json")
+    if architecture.pipeline != preset.pipeline:
+        preset = replace(architecture, name=preset.name, source=preset.source, revision=preset.revision, variant=preset.variant)
     try:
-        stock = DiffusionPipeline.from_pretrained(preset.source, revision=preset.revision, torch_dtype=precision)
+        stock = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or best_dtype(target), variant=preset.variant)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise NestedAttentionError(
-            f"the base model {preset.name} in {preset.source} cannot be loaded ({error}); "
-            f"get it back with `git checkout -- {preset.source}` or download it again."
-        ) from error
+        raise NestedAttentionError(f"the base model {preset.name} in {folder} cannot be loaded ({error}); {get_back(folder)}.") from error
     stock = stock.to(target)
     for part in stock.components.values():
         if isinstance(part, torch.nn.Module):
@@ -42,10 +82,20 @@ def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype |
     return preset, stock
 
 
+def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
+    """The folder of an adapter: a folder, the released weights, or a Hub repo that `train.push` made."""
+    if str(adapter) == released.REPO:
+        return released.import_released(unet, Path(constants.HF_HOME) / "nested_attention/released")
+    if Path(adapter).exists() or str(adapter).count("/") != 1:
+        return Path(adapter)
+    return fetch(str(adapter), None, [CONFIG, WEIGHTS, "image_encoder/*"])
+
+
 def load_adapters(preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
-    """Kind -> folder and kind -> adapter: the one in the folder `adapter`, else all that come with the base."""
+    """Kind -> folder and kind -> adapter: the one that `adapter` names, else all that come with the base."""
     if adapter is not None:
-        folders = {read_config(Path(adapter)).kind: Path(adapter)}
+        folder = adapter_folder(adapter, unet)
+        folders = {read_config(folder).kind: folder}
     else:
         folders = list_adapters(preset.adapters) if preset.adapters is not None else {}
     return folders, {kind: Adapter.load(folder, unet) for kind, folder in folders.items()}

@@ -76,9 +76,7 @@ def sort_released(tensors: dict[str, Tensor], layers: int) -> Released:
     """
     resampler = {match[1]: value for name, value in tensors.items() if (match := QFORMER_NAMES.match(name))}
     depth = 1 + max((int(match[1]) for name in resampler if (match := re.match(r"layers\.(\d+)\.", name))), default=0)
-    wanted = {
-        theirs.format(j=j): ours.format(j=j) for theirs, ours in RESAMPLER for j in (range(depth) if "{j}" in theirs else (0,))
-    }
+    wanted = {theirs.format(j=j): ours.format(j=j) for theirs, ours in RESAMPLER for j in (range(depth) if "{j}" in theirs else (0,))}
     pairs: dict[int, dict[str, Tensor]] = {}
     left = [name for name in tensors if not QFORMER_NAMES.match(name) and not LAYER_NAMES.match(name)]
     for name, value in tensors.items():
@@ -113,7 +111,9 @@ def expected_numbers(seen: set[int], layers: int) -> range:
 
 def split_pair(pair: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """(to_k, to_v) from two named weights, or None if it is not clear which is which."""
-    by_letter = {letter: [value for name, value in pair.items() if re.search(rf"(^|[._]){letter}([._]|ey|alue|$)", name)] for letter in "kv"}
+    by_letter = {
+        letter: [value for name, value in pair.items() if re.search(rf"(^|[._]){letter}([._]|ey|alue|$)", name)] for letter in "kv"
+    }
     if len(pair) == 2 and len(by_letter["k"]) == len(by_letter["v"]) == 1:
         return by_letter["k"][0], by_letter["v"][0]
     return None
@@ -139,7 +139,9 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
         for name, own in adapter.state_dict().items() if own.shape != state[name].shape
     ]  # fmt: skip
     if wrong:
-        raise NestedAttentionError(f"the released weights do not fit this U-Net; they were made for SDXL. Sizes differ: {'; '.join(wrong)}.")
+        raise NestedAttentionError(
+            f"the released weights do not fit this U-Net; they were made for SDXL. Sizes differ: {'; '.join(wrong)}."
+        )
     adapter.load_state_dict(state, assign=True)
     return adapter
 

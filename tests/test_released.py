@@ -48,7 +48,14 @@ def test_every_naming_comes_out_bit_equal(prefixes, leaves, odd: bool, dtype: to
     convert(read_weights(tmp_path / "model.safetensors"), unet, "abc").save(tmp_path / "adapter", dtype)
     adapter = Adapter.load(tmp_path / "adapter", unet)
     sizes = adapter.config.qformer
-    assert (sizes.num_tokens, sizes.width, sizes.depth, sizes.heads, sizes.feature_dim, sizes.ff_mult) == (TOKENS, WIDTH, DEPTH, 2, FEATURES, 3)
+    assert (sizes.num_tokens, sizes.width, sizes.depth, sizes.heads, sizes.feature_dim, sizes.ff_mult) == (
+        TOKENS,
+        WIDTH,
+        DEPTH,
+        2,
+        FEATURES,
+        3,
+    )
     assert adapter.config.licence == LICENCE
     state = {name: value.to(dtype) for name, value in adapter.state_dict().items()}
     for theirs, ours in RESAMPLER:

@@ -1,7 +1,6 @@
 """Training: what is frozen stays frozen, a run that was stopped goes on exactly, files come back as they were saved."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, AdapterConfig, list_adapters
 from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
-from nested_attention.loading import load_base
 from tests import tiny
 from train.adapter import AdapterTask, Personalizer
 from train.base import Routing, TextToImage, routing_loss
@@ -103,20 +101,6 @@ def test_damaged_adapters_are_named(tmp_path: Path, damage: str) -> None:
         Adapter.load(folder, unet)
 
 
-def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.stock("sd").save_pretrained(tmp_path)
-    weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    monkeypatch.setitem(BASES, "broken", replace(BASES["storybook"], name="broken", source=str(tmp_path)))
-    with pytest.raises(NestedAttentionError, match=r"broken.*git checkout"):
-        load_base("broken", None, None)
-    monkeypatch.setitem(BASES, "gone", replace(BASES["storybook"], name="gone", source=str(tmp_path / "gone")))
-    with pytest.raises(NestedAttentionError, match=r"gone is not in .*git checkout"):
-        load_base("gone", None, None)
-    with pytest.raises(NestedAttentionError, match="no base model called 'flux'"):
-        load_base("flux", None, None)
-
-
 def test_where_tokens_were_read_from_is_a_probability() -> None:
     torch.manual_seed(0)
     qformer = QFormer(QFormerConfig(num_tokens=5, width=32, depth=3, heads=2, head_dim=16, feature_dim=24, output_dim=16))
@@ -177,4 +161,4 @@ def test_the_sampler_belongs_to_the_objective() -> None:
 def test_muon_updates_are_orthogonal() -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalized(torch.randn(3, 20, 50)).float())
-    assert 0.6 < values.min() and values.max() < 1.3
+    assert values.min() > 0.6 and values.max() < 1.3

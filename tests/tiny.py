@@ -1,5 +1,6 @@
 """Tiny real components: the architectures of SD and SDXL with random weights, and adapters for them."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
-from nested_attention.bases import Base
+from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormerConfig
 from nested_attention.patches import PatchAutoencoder
 from train.objective import flow_scheduler
@@ -99,7 +100,13 @@ def storybook() -> DiffusionPipeline:
 def vision(size: int = 32) -> CLIPVisionModelWithProjection:
     torch.manual_seed(1)
     config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=8, projection_dim=16
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=8,
+        projection_dim=16,
     )
     return CLIPVisionModelWithProjection(config).eval()
 
@@ -122,9 +129,7 @@ def adapter(unet: UNet2DConditionModel, kind: str, **changes) -> Adapter:
 def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
     """A pipeline for persons and cats with random weights."""
     made = stock(architecture)
-    base = Base(
-        "tiny", "", None, None, steps=3, fast_steps=2, guidance_scale=3.0, negative_prompt="", size=32, sizes=(16, 64, 8), licence="none"
-    )
+    base = replace(BASES["sd15"], name="tiny", steps=3, fast_steps=2, guidance_scale=3.0, negative_prompt="", size=32, sizes=(16, 64, 8))
     pipe = NestedAttentionPipeline(base, made, {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}, {})
     pipe.image_encoders._loaded["vision"] = vision()
     return pipe
