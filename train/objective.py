@@ -6,7 +6,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-MIN_SIGMA = 0.05  # below this noise level the velocity's weight 1 / s^2 stops growing
+MIN_SIGMA = 0.2  # below this noise level the velocity's weight 1 / s^2 stops growing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FlowObjective:
 def flow_scheduler() -> DPMSolverMultistepScheduler:
     """The sampler that belongs to `FlowObjective`."""
     return DPMSolverMultistepScheduler(
-        prediction_type="sample", use_flow_sigmas=True, flow_shift=1.5, algorithm_type="dpmsolver++", solver_order=2,
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++", solver_order=2,
         timestep_spacing="linspace", final_sigmas_type="zero",
     )  # fmt: skip
 

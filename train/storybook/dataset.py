@@ -52,8 +52,8 @@ def token_mask(
 class Diffusion:
     """What chance decides about one training sample, drawn from its index alone."""
 
-    noise_mean: float = 0.4  # mean of the logit of the noise level
-    noise_std: float = 1.1
+    noise_mean: float = 1.2  # mean of the logit of the noise level
+    noise_std: float = 1.4
     drop_caption: float = 0.1
 
     def draw(self, index: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
