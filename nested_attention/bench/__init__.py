@@ -1,0 +1,45 @@
+"""How fast it is on this machine, and what the nested attention costs: `python -m nested_attention bench --scale sdxl`.
+
+`--scale storybook` times what a visitor waits for, and one U-Net step; `sd15` and `sdxl` one step of the full-size
+U-Net with random weights, stock and in every form, interleaved. Ratios to the stock step are what travels.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from nested_attention.bench.step import SCALES, step_table
+from nested_attention.bench.visitor import visitor_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", choices=SCALES, default="storybook")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds over all variants, after one that is not")
+    parser.add_argument("--only", nargs="+", help="only these variants of the step (stock always runs)")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def run(options: argparse.Namespace) -> None:
+    report: dict = {"scale": options.scale, "device": device_name(), "torch": torch.__version__}
+    print(f"{options.scale} on {report['device']}, torch {torch.__version__}")
+    if options.scale == "storybook":
+        report["seconds"] = visitor_table()
+        for name, value in report["seconds"].items():
+            print(f"  {name:36s} {value:8.3f} s")
+    report["step"] = step_table(options.scale, options.repeats, options.only)
+    print(f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'peak over stock':>16s} {'K/V cache':>10s}")
+    for name, row in report["step"].items():
+        print(f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {row['extra_mb']:13.0f} MB {row['cache_mb']:7.0f} MB")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,181 @@
+"""One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, interleaved."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from nested_attention.adapters import cross_attention_layers
+from nested_attention.attention import LayerSubject, NestedAttnProcessor
+from nested_attention.bench.yardsticks import DecoupledProcessor, DirectProcessor, randomize
+from nested_attention.condition import NestedCondition
+from nested_attention.loading import best_device, best_dtype
+from nested_attention.tracing import Recorder
+
+CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+SCALES: dict[str, dict] = {  # U-Net settings, and the side of the latent
+    "storybook": {
+        "sample_size": 16, "in_channels": 192, "out_channels": 192, "block_out_channels": (192, 320), "layers_per_block": 1, "attention_head_dim": (3, 5),
+        "down_block_types": (CROSS[0],) * 2, "up_block_types": (CROSS[1],) * 2, "cross_attention_dim": 256, "norm_num_groups": 16, "use_linear_projection": True,
+    },
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", CROSS[0], CROSS[0]), "up_block_types": (CROSS[1], CROSS[1], "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}  # fmt: skip
+LENGTH, COLUMNS = 77, (5, 9, 13, 17)  # text tokens, and where the subjects' words stand
+COUNTS, SIZES = (1, 2, 4), (16, 256, 1024)
+
+
+def build_unet(scale: str) -> UNet2DConditionModel:
+    """The U-Net on the best device in its best dtype, random weights."""
+    device = best_device()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SCALES[scale])
+    unet = unet.to(best_dtype(device)).to_empty(device=device).eval().requires_grad_(False)
+    randomize(unet)
+    unet.set_attn_processor({name: NestedAttnProcessor(name) for name in unet.attn_processors})
+    return unet
+
+
+@dataclass
+class Bench:
+    """A U-Net and its inputs for one step with guidance: a batch of two."""
+
+    unet: UNet2DConditionModel
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        config = self.unet.config
+        side, self.like = config.sample_size, {"device": self.unet.device, "dtype": self.unet.dtype}
+        self.latents = torch.randn(2, config.in_channels, side, side, **self.like)
+        self.states = torch.randn(2, LENGTH, config.cross_attention_dim, **self.like)
+        self.added = None
+        if config.addition_embed_type == "text_time":
+            self.added = {"text_embeds": torch.randn(2, 1280, **self.like), "time_ids": torch.full((2, 6), 1024.0, **self.like)}
+        self.layers = cross_attention_layers(self.unet)
+        self.ours = dict(self.unet.attn_processors)
+
+    @torch.no_grad()
+    def step(self, condition: NestedCondition | None = None) -> None:
+        kwargs = None if condition is None else {"nested": condition}
+        self.unet(self.latents, 500, self.states, added_cond_kwargs=self.added, cross_attention_kwargs=kwargs)
+
+    def condition(self, count: int, tokens: int, traced: bool = False) -> NestedCondition:
+        """`count` subjects of `tokens` tokens each, keys and values already projected."""
+        one = torch.ones((), device=self.unet.device)
+        layers: dict[str, list[LayerSubject]] = {}
+        for column in COLUMNS[:count]:
+            columns = torch.zeros(1, LENGTH, device=self.unet.device)
+            columns[0, column] = 1
+            for name, attention in self.layers.items():
+                shape = 1, attention.heads, tokens, attention.to_k.out_features // attention.heads
+                key, value = torch.randn(shape, **self.like), torch.randn(shape, **self.like)
+                layers.setdefault(name, []).append(LayerSubject(columns, key, value, one, one, one, "full"))
+        side = self.unet.config.sample_size
+        return NestedCondition(1, layers, Recorder((side, side), 1) if traced else None)
+
+    def with_processors(self, make: Callable[[object], object]) -> Callable[[], None]:
+        """A step with another processor in every cross-attention layer; ours come back afterwards."""
+        others = self.ours | {name: make(attention) for name, attention in self.layers.items()}
+
+        def run() -> None:
+            self.unet.set_attn_processor(dict(others))
+            try:
+                self.step()
+            finally:
+                self.unet.set_attn_processor(dict(self.ours))
+
+        return run
+
+    def tokens(self, count: int) -> Tensor:
+        return torch.randn(1, count, self.unet.config.cross_attention_dim, **self.like)
+
+
+def cache_megabytes(condition: NestedCondition) -> float:
+    return sum(x.numel() * x.element_size() for layer in condition.layers.values() for s in layer for x in (s.key, s.value)) / 1e6
+
+
+def variants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None], float]]]:
+    """Name -> what prepares it: a step to time, and the megabytes of its key/value cache."""
+
+    def ours(count: int, tokens: int, traced: bool = False) -> tuple[Callable[[], None], float]:
+        condition = bench.condition(count, tokens, traced)
+        return lambda: bench.step(condition), cache_megabytes(condition)
+
+    table: dict[str, Callable[[], tuple[Callable[[], None], float]]] = {"stock": lambda: (bench.step, 0.0)}
+    for count in COUNTS:
+        for tokens in SIZES:
+            table[f"ours, {count} x {tokens}"] = lambda count=count, tokens=tokens: ours(count, tokens)
+    table["ours, 1 x 1024, traced"] = lambda: ours(1, 1024, True)
+    table["direct form, 1 x 1024"] = lambda: (bench.with_processors(lambda a: DirectProcessor(a, bench.tokens(1024), COLUMNS[0])), 0.0)
+    table["decoupled cross-attention, 16"] = lambda: (bench.with_processors(lambda a: DecoupledProcessor(a, bench.tokens(16))), 0.0)
+    return table
+
+
+def step_table(scale: str, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
+    """Median seconds of a step, its ratio to stock round by round, extra peak memory, and the size of the cache."""
+    bench = Bench(build_unet(scale))
+    chosen = {name: make for name, make in variants(bench).items() if name == "stock" or not only or name in only}
+    taken: dict[str, list[float]] = {name: [] for name in chosen}
+    peaks: dict[str, float] = {}
+    caches: dict[str, float] = {}
+    for round_number in range(repeats + 1):
+        for name, make in chosen.items():
+            step, caches[name] = make()  # made and dropped for every round: caches of all variants do not fit at once
+            step_seconds, peak = timed(step)
+            if round_number:
+                taken[name].append(step_seconds)
+                peaks[name] = max(peaks.get(name, 0.0), peak)
+            del step
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(a / b for a, b in zip(times, taken["stock"], strict=True)),
+            "extra_mb": peaks[name] + caches[name] - peaks["stock"],
+            "cache_mb": caches[name],
+        }
+        for name, times in taken.items()
+    }
+
+
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of one step, and its peak memory in MB above what was held before."""
+    cuda = torch.cuda.is_available()
+    before = reset_peak(cuda)
+    start = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, peak_megabytes(cuda) - before
+
+
+def reset_peak(cuda: bool) -> float:
+    """Forgets the peak so far; returns what is held now, in MB."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # Linux: resets the peak of resident memory
+    return status_megabytes("VmRSS")
+
+
+def peak_megabytes(cuda: bool) -> float:
+    return torch.cuda.max_memory_allocated() / 1e6 if cuda else status_megabytes("VmHWM")
+
+
+def status_megabytes(field: str) -> float:
+    """A line of Linux's `/proc/self/status` in MB; 0 on other systems."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field)), 0.0)

@@ -1,0 +1,72 @@
+"""The examples of the app's start page: `python -m train.examples`, once the shipped weights are there.
+
+Reference pictures show identities that no training has seen; the results are what the shipped pipeline makes of them.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from nested_attention import NestedAttentionPipeline
+from nested_attention.provenance import Provenance, SubjectNote
+from nested_attention.ui.examples import FOLDER
+from nested_attention.ui.studio import slot_names
+from train.storybook.picture import render
+from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity
+
+SIDE = 256  # reference pictures are shipped at this size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An example to make: `cast` is (kind, name) of its subjects; the name fixes the identity."""
+
+    title: str
+    prompt: str
+    cast: tuple[tuple[str, str], ...]
+    seed: int
+
+
+PLANS = (
+    Plan("Ada in the snow", "a drawing of <person> smiling, wearing a red hoodie, in the snow", (("person", "ada"),), 7),
+    Plan("Ada and Tom on the beach", "<person> and <cat> on the beach", (("person", "ada"), ("cat", "tom")), 3),
+    Plan("Max sketched", "a pencil sketch of <person> with glasses in the mountains", (("person", "max"),), 5),
+    Plan("Tom in space", "pixel art of <cat> wearing a red scarf in space", (("cat", "tom"),), 2),
+    Plan("A delivery at night", "<vehicle> carrying a gift at night", (("vehicle", "rosa"),), 4),
+    Plan("Mia under water", "<cat> grinning under the sea", (("cat", "mia"),), 8),
+)
+
+
+def reference(kind: str, name: str) -> Image.Image:
+    """The picture of a character: unseen in training, on a plain ground."""
+    rng = random.Random(f"example/{kind}/{name}")
+    character = Character(kind, sample_identity(kind, "test", rng), sample_attributes(kind, "test", rng))
+    picture = Picture(rng.choice(("plain white", "plain blue", "plain yellow")), 0, "plain", (Placed(character, 0.5, 0.88),))
+    return Image.fromarray(render(picture).image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    pipe = NestedAttentionPipeline.from_pretrained("storybook")
+    entries = []
+    for number, plan in enumerate(PLANS):
+        subjects, slots = [], []
+        for (kind, name), placeholder in zip(plan.cast, slot_names([kind for kind, _ in plan.cast]), strict=True):
+            file = f"{name}.png"
+            reference(kind, name).save(FOLDER / file)
+            subjects.append(pipe.encode(kind, FOLDER / file, placeholder))
+            slots.append({"kind": kind, "files": [file]})
+        made = pipe(plan.prompt, subjects, num_images=4, seed=plan.seed)
+        notes = tuple(SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, ()) for s in subjects)
+        results = [f"example-{number}-{k}.png" for k in range(len(made.images))]
+        for image, file in zip(made.images, results, strict=True):
+            Provenance(pipe.base.name, made.settings, notes).save(image, FOLDER / file)
+        entries.append({"title": plan.title, "prompt": plan.prompt, "seed": plan.seed, "slots": slots, "results": results})
+        print(f"{plan.title}: {plan.prompt}", flush=True)
+    (FOLDER / "examples.json").write_text(json.dumps(entries, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
