@@ -90,24 +90,32 @@ class Checkpoint:
         return tensors, json.loads((self.folder / "progress.json").read_text())
 
 
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The state of all optimizers as one flat dict, keyed `optimizer.parameter.name`."""
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state of all optimizers as one flat dict, keyed `parameter/quantity`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{i}.{j}.{name}": torch.as_tensor(value)
-        for i, optimizer in enumerate(optimizers)
-        for j, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
+        f"{names[parameter]}/{quantity}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for quantity, value in state.items()
     }
 
 
-def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in flat.items():
-            which, parameter, name = key.split(".")
-            if int(which) == i:
-                state.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
+    """Restores what `optimizer_tensors` gave."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        name, quantity = key.split("/")
+        states.setdefault(name, {})[quantity] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if names[parameter] in states:
+                    optimizer.state[parameter] = {
+                        quantity: value.to(parameter.device) if value.ndim else value
+                        for quantity, value in states[names[parameter]].items()
+                    }
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -133,7 +141,7 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
         step, seconds = progress["step"], progress["seconds"]
         model.load_state_dict(tensors["model"], strict=False)
         average.load_state_dict(tensors["average"], strict=False)
-        load_optimizer_tensors(optimizers, tensors["optimizer"])
+        load_optimizer_tensors(model, optimizers, tensors["optimizer"])
     averaged, current = dict(average.named_parameters()), trainable(model)
     prepared = accelerator.prepare(model)
     forward = torch.compile(prepared) if config.compile else prepared
@@ -141,7 +149,7 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     def save() -> None:
         tensors = {
             "model": trainable(model), "average": {name: averaged[name].data for name in current},
-            "optimizer": optimizer_tensors(optimizers),
+            "optimizer": optimizer_tensors(model, optimizers),
         }  # fmt: skip
         checkpoint.save(step, tensors, {"seconds": round(seconds)})
 
