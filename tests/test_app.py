@@ -15,6 +15,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from nested_attention.provenance import read_provenance
+from nested_attention.ui.app import build_app
+from nested_attention.ui.studio import Studio
 from tests import tiny
 from tests.browser import open_browser
 
@@ -48,6 +50,12 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 def generate(client: Client, prompt: str, **changes: object) -> tuple[list[str], dict]:
     values = {"negative": "", "count": 2, "steps": 3, "guidance": 3.0, "seed": 5} | changes
     return client.predict(prompt, *values.values(), api_name="/generate")
+
+
+def test_a_base_without_adapters_has_a_page_too() -> None:
+    pipe = tiny.pipeline("sd")
+    pipe.adapters.clear()
+    assert build_app(Studio(pipe)).fns
 
 
 def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:

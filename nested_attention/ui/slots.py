@@ -64,8 +64,10 @@ def look(files: Sequence[tuple[str, str | None]] | None, size: int) -> tuple[gr.
 
 def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Button]:
     """Four slots, the first one open, and the button that opens the next. `size`: side of the encoder's input."""
-    panels = []
-    for number in range(MAX_SUBJECTS):
+    panels: list[SlotPanel] = []
+    if not kinds:
+        gr.Markdown("This base model has no adapter here yet, so prompts go without subjects.")
+    for number in range(MAX_SUBJECTS if kinds else 0):
         with gr.Group(visible=number == 0, elem_classes="slot") as group:
             with gr.Row():
                 kind = gr.Dropdown(
@@ -97,7 +99,7 @@ def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Bu
                 insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
                 remove = gr.Button("Remove", size="sm", min_width=60)
         panels.append(SlotPanel(group, kind, files, preview, strength, note, insert, remove))
-    more = gr.Button("+ another subject", size="sm", elem_id="more")
+    more = gr.Button("+ another subject", size="sm", elem_id="more", visible=bool(kinds))
     inputs = [component for panel in panels for component in panel.inputs]
     labels = [panel.insert for panel in panels]
     opened = gr.State(1)
