@@ -92,7 +92,7 @@ class Checkpoint:
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The state of all optimizers as one flat dict, keyed `parameter/quantity`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{quantity}": torch.as_tensor(value)
         for optimizer in optimizers
@@ -107,7 +107,7 @@ def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimi
     for key, value in flat.items():
         name, quantity = key.split("/")
         states.setdefault(name, {})[quantity] = value
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

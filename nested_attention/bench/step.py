@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,8 +115,8 @@ def variants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None], f
     table: dict[str, Callable[[], tuple[Callable[[], None], float]]] = {"stock": lambda: (bench.step, 0.0)}
     for count in COUNTS:
         for tokens in SIZES:
-            table[f"ours, {count} x {tokens}"] = lambda count=count, tokens=tokens: ours(count, tokens)
-    table["ours, 1 x 1024, traced"] = lambda: ours(1, 1024, True)
+            table[f"ours, {count} x {tokens}"] = partial(ours, count, tokens)
+    table["ours, 1 x 1024, traced"] = partial(ours, 1, 1024, True)
     table["direct form, 1 x 1024"] = lambda: (bench.with_processors(lambda a: DirectProcessor(a, bench.tokens(1024), COLUMNS[0])), 0.0)
     table["decoupled cross-attention, 16"] = lambda: (bench.with_processors(lambda a: DecoupledProcessor(a, bench.tokens(16))), 0.0)
     return table
