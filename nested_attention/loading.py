@@ -9,10 +9,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
-import nested_attention.patches  # noqa: F401  (diffusers finds Storybook's patch autoencoder in loaded modules only)
 from nested_attention import released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import FILES, Base, find_base, of_architecture
+from nested_attention.bases import ASSETS, FILES, Base, find_base, of_architecture
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.hub import fetch
 
@@ -72,7 +71,10 @@ def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype |
     if architecture.pipeline != preset.pipeline:
         preset = replace(architecture, name=preset.name, source=preset.source, revision=preset.revision, variant=preset.variant)
     try:
-        stock = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or best_dtype(target), variant=preset.variant)
+        stock = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype or best_dtype(target), variant=preset.variant,
+            trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NestedAttentionError(f"the base model {preset.name} in {folder} cannot be loaded ({error}); {get_back(folder)}.") from error
     stock = stock.to(target)
