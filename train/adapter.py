@@ -23,7 +23,6 @@ from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 from nested_attention import NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.attention import LayerSubject
-from nested_attention.bases import find_base
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import ImageConfig, QFormerConfig, image_features
 from nested_attention.loading import load_base
@@ -123,9 +122,8 @@ def main() -> None:
     torch.manual_seed(0)
     preset, stock = load_base(options.base, None, torch.float32)
     pipe = NestedAttentionPipeline(preset, stock, {}, {})
-    adapters = find_base(options.base).adapters
-    assert adapters is not None
-    encoder = CLIPVisionModelWithProjection.from_pretrained(adapters / options.kind / config["image_encoder"])
+    assert preset.adapters is not None
+    encoder = CLIPVisionModelWithProjection.from_pretrained(preset.adapters / options.kind / config["image_encoder"])
     sizes = QFormerConfig(**config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=stock.unet.config.cross_attention_dim)
     described = AdapterConfig(
         options.kind, options.kind, preset.name, config["image_encoder"], value_norm=config["value_norm"], lam=config["lam"],

@@ -13,7 +13,6 @@ from nested_attention.tracing import Grid, SubjectMaps
 from nested_attention.ui.studio import Result
 
 SHOWN = 512  # side in pixels of the longer edge of explanatory pictures
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 def enlarged(image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:

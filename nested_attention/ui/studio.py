@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -125,12 +125,8 @@ class Studio:
         files = []
         for k, image in enumerate(generation.images):
             path = Path(session.folder.name) / f"{time.time_ns()}-seed{generation.settings.seed + k}.png"
-            single = Provenance(
-                provenance.base,
-                type(generation.settings)(**generation.settings.as_dict() | {"seed": generation.settings.seed + k, "num_images": 1}),
-                notes,
-            )
-            single.save(image, path)
+            single = replace(generation.settings, seed=generation.settings.seed + k, num_images=1)
+            replace(provenance, settings=single).save(image, path)
             files.append(str(path))
         return Result(generation, subjects, maps, tuple(files), provenance)
 
