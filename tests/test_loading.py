@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention import NestedAttentionError, NestedAttentionPipeline, patches
 from nested_attention.bases import BASES, find_base
 from nested_attention.hub import commit_of
 from nested_attention.loading import best_dtype, load_base, usable_device
@@ -71,3 +71,9 @@ def test_a_recorded_commit_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "nested_attention").mkdir()
     (tmp_path / "nested_attention/revisions.json").write_text('{"a/b": "123"}')
     assert commit_of("a/b") == "123"
+
+
+def test_the_base_carries_a_true_copy_of_the_patch_autoencoder() -> None:
+    """Diffusers alone loads the folder by its own file; `train.export` writes it from ours."""
+    ours = Path(patches.__file__).read_text()
+    assert (Path(BASES["storybook"].source) / "vae/patches.py").read_text() == ours
