@@ -97,8 +97,13 @@ def padded_square(image: Image.Image, size: int) -> Image.Image:
     fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     if fitted.size == (size, size):
         return fitted
-    pixels = np.asarray(fitted)
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    canvas = Image.new("RGB", (size, size), tuple(int(v) for v in np.median(edge, 0)))
+    canvas = Image.new("RGB", (size, size), edge_colour(np.asarray(fitted)))
     canvas.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
     return canvas
+
+
+def edge_colour(pixels: np.ndarray) -> tuple[int, int, int]:
+    """The median colour of the border of `(H, W, 3)`: what is laid around a picture that does not fill its frame."""
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    red, green, blue = (int(value) for value in np.median(edge, 0))
+    return red, green, blue

@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 
+import cv2
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ def test_the_world_is_as_large_as_promised() -> None:
 def test_a_picture_is_a_function_of_split_and_index() -> None:
     """The shipped weights were trained on exactly these pictures: whoever changes the world has to train again."""
     digest = hashlib.sha256("".join(repr(sample_picture("train", i)) for i in range(50)).encode()).hexdigest()
-    assert digest.startswith("08388b36450dfaa7")
+    assert digest.startswith("dbff0968fa16b103")
     first, second = render(sample_picture("test", 3)), render(sample_picture("test", 3))
     assert np.array_equal(first.image, second.image) and np.array_equal(first.parts, second.parts)
     assert sample_picture("test", 3) != sample_picture("test", 4) != sample_picture("validation", 4)
@@ -74,7 +75,8 @@ def test_masks_cover_what_was_drawn() -> None:
         if drawn.picture.style == "plain":
             outside = drawn.parts == 0
             difference = np.abs(drawn.image / 255 - background(drawn.picture.scene, drawn.picture.variant)).max(-1)
-            assert np.mean(difference[outside] > 0.02) < 0.06  # soft edges only
+            beyond = cv2.dilate((~outside).astype(np.uint8), np.ones((5, 5), np.uint8)) == 0
+            assert np.mean(difference[beyond] > 0.02) < 0.01  # soft edges only
 
 
 def test_captions_say_what_is_there() -> None:

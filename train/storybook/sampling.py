@@ -84,14 +84,14 @@ def sample_style(rng: random.Random) -> str:
 
 
 def place(characters: list[Character], rng: random.Random) -> tuple[Placed, ...]:
-    """One subject near the middle, two side by side."""
+    """One subject in the middle or a smaller one off it, or two side by side.
+
+    Few sizes at few places: how a character looks there is worth learning, where its outline falls within a patch is not.
+    """
     if len(characters) == 1:
-        size = rng.uniform(0.74, 0.94) * KINDS[characters[0].kind].scale
-        return (Placed(characters[0], 0.5 + rng.uniform(-0.05, 0.05), size),)
-    return tuple(
-        Placed(character, x + rng.uniform(-0.02, 0.02), rng.uniform(0.52, 0.62) * KINDS[character.kind].scale)
-        for character, x in zip(characters, (0.27, 0.73), strict=True)
-    )
+        x, size = rng.choice(((0.5, 0.875), (0.5, 0.875), (0.4375, 0.75), (0.5625, 0.75)))
+        return (Placed(characters[0], x, size),)
+    return tuple(Placed(character, x, rng.choice((0.5625, 0.625))) for character, x in zip(characters, (0.25, 0.75), strict=True))
 
 
 def sample_picture(split: str, index: int, kinds: tuple[str, ...] | None = None) -> Picture:
@@ -108,11 +108,13 @@ def sample_picture(split: str, index: int, kinds: tuple[str, ...] | None = None)
 def sample_reference(target: Picture, which: int, split: str, index: int) -> Picture:
     """A picture of the same identity as subject `which` of `target`, alone, with nothing else in common.
 
-    Every attribute and the scene differ from the target's; one reference in five is restyled, keeping colours.
+    Every attribute and the scene differ from the target's, size and place are free (whoever takes a photo does not know
+    our grid); one reference in five is restyled, keeping colours.
     """
     rng = random.Random(f"reference/{split}/{index}/{which}")
     character = target.subjects[which].character
     attributes = sample_attributes(character.kind, split, rng, avoid=character.attributes)
     scene = rng.choice([scene for scene in (PLAIN if rng.random() < 0.5 else SCENES) if scene != target.scene])
     style = rng.choice([name for name, style in STYLES.items() if style.keeps_colour]) if rng.random() < 0.2 else "plain"
-    return Picture(scene, rng.randrange(VARIANTS), style, place([Character(character.kind, character.identity, attributes)], rng))
+    seen = Placed(Character(character.kind, character.identity, attributes), 0.5 + rng.uniform(-0.06, 0.06), rng.uniform(0.72, 0.96))
+    return Picture(scene, rng.randrange(VARIANTS), style, (seen,))

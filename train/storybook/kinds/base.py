@@ -22,7 +22,6 @@ class Kind:
         draw: `(identity, attributes) -> Drawing`, standing on the bottom edge, centred.
         noun: `(identity, rng) -> "a man"`: the subject's name with its article.
         phrases: `(attributes, mentioned, rng) -> ["wearing a red hoodie", ...]` for the fields in `mentioned`.
-        scale: side of the subject's square relative to a person's.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Kind:
     noun: Callable[[Values, random.Random], str]
     phrases: Callable[[Values, frozenset[str], random.Random], list[str]]
     normal: Callable[[Values], Values] = dict
-    scale: float = 1.0
 
     def allowed(self, attributes: Values) -> bool:
         """False if two of the values are a held-out pair."""

@@ -1,0 +1,97 @@
+"""Finding faces in real photos that packages ship, without any model to download."""
+
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from nested_attention import NestedAttentionError
+from nested_attention.faces import FRAME, Face, cropped, ffhq_quad, find_faces, framed
+
+
+def photo(package: str, name: str) -> Image.Image:
+    return Image.open(str(files(package).joinpath(name))).convert("RGB")
+
+
+ASTRONAUT = photo("skimage", "data/astronaut.png")
+CHELSEA = photo("skimage", "data/chelsea.png")
+PORTRAIT = photo("insightface", "data/images/Tom_Hanks_54745.png")
+GROUP = photo("insightface", "data/images/t1.jpg")
+UPSIDE_DOWN = Image.Transpose.ROTATE_180
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path))
+
+
+def middle(face: Face) -> tuple[float, float]:
+    return (face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2
+
+
+CHANGED = {
+    "as it is": (lambda image: image, lambda x, y, w, h: (x, y)),
+    "mirrored": (ImageOps.mirror, lambda x, y, w, h: (w - x, y)),
+    "turned left": (lambda image: image.transpose(Image.Transpose.ROTATE_90), lambda x, y, w, h: (y, w - x)),
+    "upside down": (lambda image: image.transpose(UPSIDE_DOWN), lambda x, y, w, h: (w - x, h - y)),
+    "grey": (lambda image: image.convert("L").convert("RGB"), lambda x, y, w, h: (x, y)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize(
+    ("image", "kind", "true"), [(ASTRONAUT, "person", (225, 114)), (CHELSEA, "cat", (236, 150)), (PORTRAIT, "person", (56, 59))]
+)
+def test_the_face_is_found_however_the_photo_lies(image: Image.Image, kind: str, true: tuple[float, float], change: str) -> None:
+    changed, moved = CHANGED[change]
+    found = find_faces(changed(image), kind)
+    side = found[0].box[2] - found[0].box[0]
+    expected = moved(*true, *image.size)
+    assert np.hypot(*np.subtract(middle(found[0]), expected)) < 0.15 * side
+    assert found[0].method == "opencv"
+
+
+def test_a_group_gives_six_choices_the_largest_first() -> None:
+    found = find_faces(GROUP, "person")
+    assert len(found) == 6
+    assert [face.area for face in found] == sorted((face.area for face in found), reverse=True)
+
+
+@pytest.mark.parametrize("name", ["data/rocket.jpg", "data/brick.png", "data/coffee.png"])
+def test_no_face_is_invented(name: str) -> None:
+    image = photo("skimage", name)
+    assert find_faces(image, "person") == [] and find_faces(image, "cat") == []
+
+
+def test_tiny_photos_and_other_kinds() -> None:
+    assert find_faces(PORTRAIT.resize((56, 56)), "person")
+    assert find_faces(ASTRONAUT.resize((16, 16)), "person") == []
+    assert find_faces(ASTRONAUT, "vehicle") == []
+
+
+def test_a_frame_is_upright_and_holds_the_face_in_its_middle() -> None:
+    upright = framed(ASTRONAUT, find_faces(ASTRONAUT, "person")[0])
+    assert upright.size == (FRAME, FRAME)
+    turned = ASTRONAUT.transpose(UPSIDE_DOWN)
+    again = framed(turned, find_faces(turned, "person")[0])
+    smaller = [np.asarray(image.resize((64, 64)), float) for image in (upright, again)]
+    assert np.abs(smaller[0] - smaller[1]).mean() < 12
+    found = find_faces(upright, "person")[0]
+    assert all(0.4 * FRAME < value < 0.62 * FRAME for value in middle(found))
+
+
+def test_ffhq_frames_turn_with_the_eyes() -> None:
+    """Eyes on a level line give a level frame; the same points turned give the same frame turned."""
+    points = np.array([(40, 50), (60, 50), (50, 62), (43, 72), (57, 72)], float)
+    quad = ffhq_quad(points)
+    assert np.allclose(quad[0][1], quad[3][1]) and np.allclose(quad[0][0], quad[1][0])
+    angle = 0.4
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    assert np.allclose(ffhq_quad(points @ turn.T), quad @ turn.T)
+
+
+def test_the_users_own_crop() -> None:
+    assert cropped(ASTRONAUT, (0.25, 0.0, 0.75, 0.5)).size == (256, 256)
+    with pytest.raises(NestedAttentionError, match="empty or lies outside"):
+        cropped(ASTRONAUT, (0.5, 0.0, 0.5, 1.0))
