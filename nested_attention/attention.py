@@ -13,8 +13,9 @@ softmax and a_s its column, out = A V' + sum_s strength * a_s * v~, where V' is 
 elsewhere, and one more query/key channel carries log w. A test holds the two forms to each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -121,6 +122,12 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
     return out
 
 
+def in_slices(attend: Callable[[Tensor], Tensor], query: Tensor, size: int | None) -> Tensor:
+    """`attend(query)` for `size` of the queries `(B, heads, HW, d)` at a time: the same result in less memory."""
+    parts = [attend(part) for part in query.split(size or query.shape[2], 2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
 class NestedAttnProcessor(AttnProcessor2_0):
     """Attention of one layer: stock unless the request carries a `NestedCondition` with subjects for this layer.
 
@@ -141,19 +148,21 @@ class NestedAttnProcessor(AttnProcessor2_0):
         nested: "NestedCondition | None" = None,
     ) -> Tensor:
         subjects = nested.subjects(self.name) if nested is not None and encoder_hidden_states is not None else ()
-        if not subjects:
+        size = None if nested is None else nested.slice
+        if not subjects and size is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        assert nested is not None and encoder_hidden_states is not None
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            projection(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
-            for projection, states in (
-                (attn.to_q, hidden_states), (attn.to_k, encoder_hidden_states), (attn.to_v, encoder_hidden_states),
-            )
-        )  # fmt: skip
-        stock = query.shape[0] - nested.rows  # rows without a subject come first: the unconditional half of guidance
-        out = nested.attend(self.name, query[stock:], key[stock:], value[stock:], subjects)
+            projection(read).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
+            for projection, read in ((attn.to_q, hidden_states), (attn.to_k, states), (attn.to_v, states))
+        )
+        rows = nested.rows if nested is not None and subjects else 0
+        stock = query.shape[0] - rows  # rows without a subject come first: the unconditional half of guidance
+        parts = []
         if stock:
-            without = F.scaled_dot_product_attention(query[:stock], key[:stock], value[:stock])
-            out = torch.cat([without, out])
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)  # (B, HW, heads * d)
+            attend = partial(F.scaled_dot_product_attention, key=key[:stock], value=value[:stock])
+            parts.append(in_slices(attend, query[:stock], size))
+        if nested is not None and rows:
+            parts.append(nested.attend(self.name, query[stock:], key[stock:], value[stock:], subjects))
+        out = torch.cat(parts).transpose(1, 2).flatten(2).to(query.dtype)  # (B, HW, heads * d)
         return attn.to_out[1](attn.to_out[0](out))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nested_attention.attention import LayerSubject, fast
+from nested_attention.attention import LayerSubject, fast, in_slices
 from nested_attention.tracing import Recorder
 
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[LayerSubject]], Tensor]
@@ -19,12 +19,14 @@ class NestedCondition:
         rows: how many rows of the batch are conditional; they come last (classifier-free guidance puts them there).
         layers: layer name -> the subjects as that layer sees them.
         recorder: collects attention maps, if the request is traced.
+        slice: so many queries attend at a time, to save memory; None for all.
         form: `attention.fast`, or `attention.plain` to compare with.
     """
 
     rows: int
     layers: Mapping[str, Sequence[LayerSubject]]
     recorder: Recorder | None = None
+    slice: int | None = None
     form: Attend = fast
 
     def subjects(self, layer: str) -> Sequence[LayerSubject]:
@@ -34,4 +36,4 @@ class NestedCondition:
         """`(rows, heads, HW, d)` queries with text keys and values -> the layer's output before its projection."""
         if self.recorder is not None:
             self.recorder.record(layer, query, key, value, subjects)
-        return self.form(query, key, value, subjects)
+        return in_slices(lambda part: self.form(part, key, value, subjects), query, self.slice)

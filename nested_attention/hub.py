@@ -15,12 +15,18 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from nested_attention.errors import NestedAttentionError
+
+AFTER_REFUSAL = {
+    401: "log in with `hf auth login`, or set HF_TOKEN to a token that is valid",
+    403: "log in with `hf auth login` with a token that may do this (for a push: write there), from https://huggingface.co/settings/tokens",
+}
 
 
 def record_file() -> Path:
@@ -75,9 +81,11 @@ def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
     except HFValidationError as error:
         raise NestedAttentionError(f"{repo!r} is neither a folder nor a repo id of the form user/name; check the spelling.") from error
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no")
-        raise NestedAttentionError(f"the Hub refused {repo} (status {status}); try again later, or log in with `hf auth login`.") from error
-    except (LocalEntryNotFoundError, ConnectionError) as error:
+        status = error.response.status_code
+        raise NestedAttentionError(
+            f"the Hub refused {repo} (status {status}); {AFTER_REFUSAL.get(status, 'try again later, or log in with `hf auth login`')}."
+        ) from error
+    except (LocalEntryNotFoundError, ConnectionError, HTTPError) as error:
         raise NestedAttentionError(
             f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here."
         ) from error

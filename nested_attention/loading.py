@@ -63,21 +63,20 @@ def base_folder(base: Base) -> Path:
     return folder
 
 
-def load_base(name: str, device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[Base, DiffusionPipeline]:
-    """The preset and its stock diffusers pipeline, frozen, on `device` in `dtype`."""
-    preset, target = find_base(name), usable_device(device)
+def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
+    """The preset and its stock diffusers pipeline, frozen, in the machine's memory, in `dtype`."""
+    preset = find_base(name)
     folder = base_folder(preset)
     architecture = of_architecture(preset.name, folder / "model_index.json")
     if architecture.pipeline != preset.pipeline:
         preset = replace(architecture, name=preset.name, source=preset.source, revision=preset.revision, variant=preset.variant)
     try:
         stock = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype or best_dtype(target), variant=preset.variant,
+            folder, torch_dtype=dtype, variant=preset.variant,
             trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NestedAttentionError(f"the base model {preset.name} in {folder} cannot be loaded ({error}); {get_back(folder)}.") from error
-    stock = stock.to(target)
     for part in stock.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -93,11 +92,13 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
     return fetch(str(adapter), None, [CONFIG, WEIGHTS, "image_encoder/*"])
 
 
-def load_adapters(preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
-    """Kind -> folder and kind -> adapter: the one that `adapter` names, else all that come with the base."""
+def load_adapters(
+    preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None, device: torch.device
+) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
+    """Kind -> folder and kind -> adapter on `device`: the one that `adapter` names, else all that come with the base."""
     if adapter is not None:
         folder = adapter_folder(adapter, unet)
         folders = {read_config(folder).kind: folder}
     else:
         folders = list_adapters(preset.adapters) if preset.adapters is not None else {}
-    return folders, {kind: Adapter.load(folder, unet) for kind, folder in folders.items()}
+    return folders, {kind: Adapter.load(folder, unet).to(device) for kind, folder in folders.items()}

@@ -7,7 +7,7 @@ object around the shared modules, and carries its subjects in `cross_attention_k
 import queue
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from nested_attention.condition import NestedCondition
 from nested_attention.encoding import ImageEncoders, encode_image
 from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
-from nested_attention.loading import load_adapters, load_base
+from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
+from nested_attention.memory import LADDER, choose, free_gigabytes
 from nested_attention.preview import preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
@@ -50,9 +51,14 @@ class Progress:
 class NestedAttentionPipeline:
     """A base model with its adapters. Use `from_pretrained`."""
 
-    def __init__(self, base: Base, stock: DiffusionPipeline, adapters: Mapping[str, Adapter], folders: Mapping[str, Path]):
+    def __init__(
+        self, base: Base, stock: DiffusionPipeline, adapters: Mapping[str, Adapter], folders: Mapping[str, Path],
+        device: torch.device | None = None, rung: int = 0,
+    ):  # fmt: skip
         self.base, self.stock, self.adapters = base, stock, dict(adapters)
-        self.image_encoders = ImageEncoders(folders, stock.unet.device, stock.unet.dtype)
+        self.device = stock.unet.device if device is None else device
+        self.rung = rung  # of `memory.LADDER`
+        self.image_encoders = ImageEncoders(folders, self.device, stock.unet.dtype)
         self.cache = SubjectCache()
         stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
 
@@ -63,23 +69,26 @@ class NestedAttentionPipeline:
     ) -> "NestedAttentionPipeline":  # fmt: skip
         """Loads a base model by name, with the adapters that come along or the one in the folder `adapter`.
 
-        `device`: CUDA where there is one, then MPS, then CPU. `dtype`: float16 on a GPU, float32 on CPU.
+        `device`: CUDA where there is one, then MPS, then CPU. `dtype`: float16 on a GPU; on a CPU bfloat16 where it
+        computes in it, else float32. Where GPU memory is short, parts of the base wait outside; a line says which.
 
         Raises:
             NestedAttentionError: unknown base, missing or damaged files.
         """
-        preset, stock = load_base(base, device, dtype)
-        folders, adapters = load_adapters(preset, stock.unet, adapter)
-        return cls(preset, stock, adapters, folders)
+        target = usable_device(device)
+        preset, stock = load_base(base, dtype or best_dtype(target))
+        folders, adapters = load_adapters(preset, stock.unet, adapter, target)
+        free = free_gigabytes(target)
+        pipe = cls(preset, stock, adapters, folders, target, choose(preset, free))
+        LADDER[pipe.rung].place(stock, target)
+        if free is not None:
+            print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}")
+        return pipe
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of subject that can be encoded."""
         return tuple(self.adapters)
-
-    @property
-    def device(self) -> torch.device:
-        return self.stock.unet.device
 
     def encode(
         self, kind: str, images: ImageSource | Sequence[ImageSource], placeholder: str | None = None, strength: float = 1.0,
@@ -134,7 +143,16 @@ class NestedAttentionPipeline:
         filled = fill(prompt, words_of(subjects))
         columns = [self._columns(filled, subject) for subject in subjects]
         condition = self._condition(checked, subjects, columns, maps or active_trace(self))
-        images = self._run(checked, filled.text, condition, callback)
+        try:
+            images = self._run(checked, filled.text, condition, callback)
+        except torch.cuda.OutOfMemoryError:
+            if self.rung == len(LADDER) - 1:
+                raise NestedAttentionError(
+                    f"{self.device} has too little memory for {checked.num_images} pictures of {checked.width} x {checked.height}; "
+                    "ask for fewer or smaller ones, or close what else uses it."
+                ) from None
+            condition = self._step_down(condition)
+            images = self._run(checked, filled.text, condition, callback)
         return Generation(images, checked)
 
     def stream(
@@ -197,7 +215,19 @@ class NestedAttentionPipeline:
         if maps is not None:
             scale = self.stock.vae_scale_factor
             recorder = maps.begin((settings.height // scale, settings.width // scale), settings.steps, subjects, columns)
-        return NestedCondition(settings.num_images, layers, recorder)
+        return NestedCondition(settings.num_images, layers, recorder, LADDER[self.rung].slice)
+
+    def _step_down(self, condition: NestedCondition) -> NestedCondition:
+        """To the next rung of the ladder, once, for good; the request goes on with its own condition changed."""
+        self.rung += 1
+        print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}")
+        torch.cuda.empty_cache()
+        self.stock.remove_all_hooks()
+        self.stock.to("cpu")
+        LADDER[self.rung].place(self.stock, self.device)
+        if condition.recorder is not None:
+            condition.recorder.forget()
+        return replace(condition, slice=LADDER[self.rung].slice)
 
     def _run(
         self, settings: Settings, text: str, condition: NestedCondition, callback: Callable[[Progress], None] | None

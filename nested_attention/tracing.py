@@ -63,6 +63,12 @@ class Recorder:
     nested: dict[tuple[Key, int], Mean] = field(default_factory=dict)
     values: dict[tuple[Key, int], tuple[str, Mean, Mean]] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """Starts over: the request runs again from its first step."""
+        self.step = 0
+        for maps in (self.outer, self.nested, self.values):
+            maps.clear()
+
     def resolution(self, pixels: int) -> Grid:
         """The grid that a layer of `pixels` queries works on."""
         height, width = self.grid

@@ -27,10 +27,10 @@ def test_any_diffusers_folder_of_a_known_architecture_loads(architecture: str, t
 def test_other_architectures_are_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(NestedAttentionError, match="Flux model"):
-        load_base(str(tmp_path), None, None)
+        load_base(str(tmp_path), torch.float32)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(NestedAttentionError, match="damaged"):
-        load_base(str(tmp_path), None, None)
+        load_base(str(tmp_path), torch.float32)
 
 
 def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +39,10 @@ def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.setitem(BASES, "broken", replace(BASES["storybook"], name="broken", source=str(tmp_path)))
     with pytest.raises(NestedAttentionError, match=r"broken.*git checkout"):
-        load_base("broken", None, None)
+        load_base("broken", torch.float32)
     monkeypatch.setitem(BASES, "gone", replace(BASES["storybook"], name="gone", source=str(tmp_path / "gone")))
     with pytest.raises(NestedAttentionError, match=r"gone is not in .*git checkout"):
-        load_base("gone", None, None)
+        load_base("gone", torch.float32)
 
 
 def test_unknown_names_and_devices_are_named() -> None:
@@ -62,7 +62,7 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(NestedAttentionError, match="cannot be reached"):
         commit_of("somebody/something")
     with pytest.raises(NestedAttentionError, match="cannot be reached"):
-        load_base("sdxl", "cpu", None)
+        load_base("sdxl", torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 

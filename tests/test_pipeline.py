@@ -5,19 +5,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
 from nested_attention.attention import plain
 from nested_attention.condition import NestedCondition
 from nested_attention.pipeline import Generation
 from tests import tiny
+from tests.tiny import photo
 
 PROMPT = "a drawing of <person> and <cat> on the beach"
-
-
-def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
 
 def pixels(out: Generation) -> np.ndarray:

@@ -11,12 +11,11 @@ from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, AdapterConfig, l
 from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
 from tests import tiny
-from train.adapter import AdapterTask, Personalizer
 from train.base import Routing, TextToImage, routing_loss
 from train.loop import LoopConfig, fit
-from train.objective import FlowObjective, flow_scheduler
+from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import orthogonalized
-from train.storybook.dataset import Diffusion
+from train.personalizer import Personalizer, StorybookTask
 
 LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
 
@@ -25,7 +24,7 @@ class Stopped(Exception):
     pass
 
 
-class SmallTask(AdapterTask):
+class SmallTask(StorybookTask):
     """Adapter training on tiny Storybook components; draws no grids and can be made to stop."""
 
     stop_after = 10**9
@@ -45,7 +44,7 @@ def task() -> SmallTask:
     torch.manual_seed(3)
     sizes = QFormerConfig(num_tokens=4, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=tiny.WIDTH)
     config = AdapterConfig("cat", "cat", "storybook", "vision", qformer=sizes, image=ImageConfig(128))
-    return SmallTask(Personalizer(pipe, Adapter(config, pipe.stock.unet), tiny.vision(128)), pipe, Diffusion())
+    return SmallTask(Personalizer(pipe.stock, Adapter(config, pipe.stock.unet), tiny.vision(128)), pipe, Diffusion())
 
 
 def test_only_the_adapter_learns(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from train.objective import Diffusion
 from train.storybook.captions import caption
-from train.storybook.dataset import Diffusion, Pictures, token_mask
+from train.storybook.dataset import Pictures, token_mask
 from train.storybook.kinds import KINDS
 from train.storybook.labels import answers, questions, view
 from train.storybook.pairs import Pairs

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )  # fmt: skip
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -95,6 +97,11 @@ def storybook() -> DiffusionPipeline:
         vae=PatchAutoencoder(8), text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(), unet=unet, scheduler=flow_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A picture of noise, `size` as rows and columns."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
 
 def vision(size: int = 32) -> CLIPVisionModelWithProjection:

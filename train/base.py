@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from train.grids import sample_grid
-from train.loop import Batch, LoopConfig, fit
-from train.objective import FlowObjective, empty_where, flow_scheduler, weighted_mean
-from train.storybook.dataset import Diffusion, Pictures
+from train.loop import Batch, LoopConfig, Task, fit
+from train.objective import Diffusion, FlowObjective, empty_where, flow_scheduler, weighted_mean
+from train.storybook.dataset import Pictures
 
 GRID_PROMPTS = (
     "a drawing of a person smiling, wearing a red hoodie, in the snow",
@@ -109,7 +109,7 @@ def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float)
 
 
 @dataclass
-class BaseTask:
+class BaseTask(Task):
     model: TextToImage
     tokenizer: CLIPTokenizer
     patch: int
@@ -120,7 +120,7 @@ class BaseTask:
         return Pictures("train", self.tokenizer, length, self.diffusion)
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        objective, level, pixels, noise = FlowObjective(), batch["sigma"], batch["pixels"], batch["noise"]
+        objective, level, pixels, noise = FlowObjective(), batch["level"], batch["pixels"], batch["noise"]
         ids = empty_where(batch["drop"], batch["input_ids"], self.empty)
         noisy = F.pixel_unshuffle(objective.noisy(pixels, noise, level), self.patch)
         predicted, seen = model(noisy, objective.timesteps(level), ids)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from train.loop import Batch, LoopConfig, fit
+from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.kinds import KINDS
 from train.storybook.labels import questions
 from train.storybook.pairs import Pairs
@@ -66,7 +66,7 @@ class EncoderLesson(nn.Module):
 
 
 @dataclass
-class EncoderTask:
+class EncoderTask(Task):
     model: EncoderLesson
 
     def dataset(self, length: int) -> Dataset:
@@ -92,9 +92,6 @@ class EncoderTask:
         step = parts.shape[1] // side
         middle = parts[:, step // 2 :: step, step // 2 :: step].flatten(1) + SLOT * kind[:, None]
         return F.cross_entropy(logits.float().flatten(0, 1), middle.flatten())
-
-    def grid(self, model: nn.Module, path: Path) -> None:
-        """An encoder draws no pictures."""
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from train.encoder import answer_loss, find_each_other
-from train.loop import Batch, LoopConfig, fit
+from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.labels import questions
 from train.storybook.pairs import Pairs
 
@@ -74,7 +74,7 @@ def load_judge(folder: Path) -> Judge:
 
 
 @dataclass
-class JudgeTask:
+class JudgeTask(Task):
     model: Judge
 
     def dataset(self, length: int) -> Dataset:

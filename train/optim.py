@@ -51,12 +51,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model: nn.Module, lr: float, muon_lr: float, not_muon: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
-    """Muon for every trainable matrix or kernel, except names that contain one of `not_muon`; AdamW for the others."""
+    """Muon for every trainable matrix or kernel, except names that contain one of `not_muon`; AdamW for the others.
+
+    With `muon_lr` 0 everything goes to AdamW.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            muon = parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1
+            muon = muon_lr > 0 and parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1
             (matrices if muon and not any(part in name for part in not_muon) else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from train.loop import Batch, LoopConfig, fit
+from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
 from train.storybook.sampling import Picture, sample_picture
@@ -112,7 +112,7 @@ class Captions(Dataset):
 
 
 @dataclass
-class TextTask:
+class TextTask(Task):
     model: Reader
     tokenizer: CLIPTokenizer
 
@@ -129,9 +129,6 @@ class TextTask:
         reading = sum(F.cross_entropy(logits.float(), batch["labels"][:, k]) for k, logits in enumerate(fields)) / len(fields)
         right = torch.stack([(logits.argmax(1) == batch["labels"][:, k]).float().mean() for k, logits in enumerate(fields)])
         return reading + 0.2 * language, {"language": float(language), "right": float(right.mean()), "worst": float(right.min())}
-
-    def grid(self, model: nn.Module, path: Path) -> None:
-        """Nothing to look at: a reader draws no pictures."""
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """Feeding a training: samples by index, each with its own noise, so that a run can stop and go on anywhere."""
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
+from train.objective import Diffusion
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
 from train.storybook.picture import SLOT, Render, render
@@ -46,24 +46,6 @@ def token_mask(
         if inside:
             mask[subject, inside[-1]] = True
     return torch.tensor(encoded["input_ids"]), mask
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """What chance decides about one training sample, drawn from its index alone."""
-
-    noise_mean: float = 1.2  # mean of the logit of the noise level
-    noise_std: float = 1.4
-    drop_caption: float = 0.1
-
-    def draw(self, index: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        logit = torch.randn((), generator=generator) * self.noise_std + self.noise_mean
-        return {
-            "sigma": logit.sigmoid(),
-            "noise": torch.randn(shape, generator=generator),
-            "drop": torch.rand((), generator=generator) < self.drop_caption,
-        }
 
 
 class Pictures(Dataset):

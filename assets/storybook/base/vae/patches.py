@@ -18,6 +18,21 @@ class Decoded:
     sample: Tensor
 
 
+@dataclass
+class Exactly:
+    """A distribution with nothing left to chance."""
+
+    latents: Tensor
+
+    def mode(self) -> Tensor:
+        return self.latents
+
+
+@dataclass
+class Encoded:
+    latent_dist: Exactly
+
+
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """`decode` and `encode` with the signatures of diffusers' `AutoencoderKL`.
 
@@ -31,8 +46,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(block_out_channels=[3] * patch.bit_length(), latent_channels=3 * patch**2)
         self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)  # gives the module a device and a dtype
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        return F.pixel_unshuffle(pixels, self.config.patch)
+    def encode(self, pixels: Tensor) -> Encoded:
+        return Encoded(Exactly(F.pixel_unshuffle(pixels, self.config.patch)))
 
     def decode(self, latents: Tensor, return_dict: bool = True, generator: torch.Generator | None = None):
         pixels = F.pixel_shuffle(latents, self.config.patch)

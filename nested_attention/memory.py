@@ -1,0 +1,82 @@
+"""Fitting a large base into the memory there is: a ladder of measures, each slower and smaller than the one before.
+
+The rung is chosen from the free memory of the device when a base is loaded. After an out-of-memory error the pipeline
+steps down once, says so, and tries again. Fused attention holds no scores, so slices save most where it is missing (MPS).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+
+from nested_attention.bases import Base
+
+WORKING = 0.25  # what a step needs besides the weights, relative to the weights of the base
+SLICE = 1024  # queries that attend at a time
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One measure, instead of the one before it.
+
+    Attributes:
+        name: how people are told.
+        share: part of the base's weights that lies on the device at one time.
+        slice: so many queries attend at a time; None for all.
+        place: puts a pipeline that lies in the machine's memory to where it works.
+    """
+
+    name: str
+    share: float
+    slice: int | None
+    place: Callable[[DiffusionPipeline, torch.device], object]
+
+
+def whole(stock: DiffusionPipeline, device: torch.device) -> None:
+    stock.to(device)
+
+
+def tiled(stock: DiffusionPipeline, device: torch.device) -> None:
+    """The VAE works picture by picture and tile by tile."""
+    tile(stock)
+    stock.to(device)
+
+
+def part_by_part(stock: DiffusionPipeline, device: torch.device) -> None:
+    """Only the part that is at work lies on the device; the largest is the U-Net."""
+    tile(stock)
+    stock.enable_model_cpu_offload(device=device)
+
+
+def layer_by_layer(stock: DiffusionPipeline, device: torch.device) -> None:
+    """Only the layer that is at work lies on the device."""
+    tile(stock)
+    stock.enable_sequential_cpu_offload(device=device)
+
+
+def tile(stock: DiffusionPipeline) -> None:
+    if hasattr(stock.vae, "enable_tiling"):  # Storybook's patches need none
+        stock.vae.enable_slicing()
+        stock.vae.enable_tiling()
+
+
+LADDER = (
+    Rung("everything on the device", 1.0, None, whole),
+    Rung("everything on the device, attention and VAE in slices", 0.95, SLICE, tiled),
+    Rung("model offload, one part on the device at a time", 0.75, SLICE, part_by_part),
+    Rung("sequential offload, one layer on the device at a time (slow)", 0.05, SLICE, layer_by_layer),
+)
+
+
+def free_gigabytes(device: torch.device) -> float | None:
+    """Free memory of a GPU; None where it is not counted apart from the machine's."""
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+
+
+def choose(base: Base, free: float | None) -> int:
+    """The number of the first rung that fits into `free` gigabytes, the last one if none does."""
+    if free is None:
+        return 0
+    fits = (number for number, rung in enumerate(LADDER) if base.gigabytes * (rung.share + WORKING) <= free)
+    return next(fits, len(LADDER) - 1)

@@ -1,0 +1,40 @@
+"""`torch.compile`: the U-Net with subjects is one graph, and knobs are tensors, so turning them compiles nothing anew."""
+
+import pytest
+import torch
+
+from nested_attention.condition import NestedCondition
+from nested_attention.subjects import Subject
+from tests import tiny
+
+
+def condition(subjects: list[Subject]) -> NestedCondition:
+    layers: dict[str, list] = {}
+    for place, subject in enumerate(subjects):
+        columns = torch.zeros(1, 24)
+        columns[0, 4 + place] = 1
+        for name, layer in subject.layer_subjects(columns).items():
+            layers.setdefault(name, []).append(layer)
+    return NestedCondition(1, layers)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_one_graph_for_any_strength(architecture: str) -> None:
+    torch._dynamo.reset()
+    pipe = tiny.pipeline(architecture)
+    unet = pipe.stock.unet
+    subjects = [pipe.encode("person", tiny.photo(1), lam=1.5), pipe.encode("cat", tiny.photo(2))]
+    latents, states = torch.randn(2, 4, 16, 16), torch.randn(2, 24, unet.config.cross_attention_dim)
+    added = {"text_embeds": torch.randn(2, tiny.WIDTH), "time_ids": torch.ones(2, 6)} if architecture == "sdxl" else None
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+
+    def step(model, chosen: list[Subject]) -> torch.Tensor:
+        nested = {"nested": condition(chosen)}
+        return model(latents, torch.tensor(500), states, added_cond_kwargs=added, cross_attention_kwargs=nested).sample
+
+    with torch.no_grad():
+        step(compiled, subjects)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for strength in (0.3, 0.9, 1.4):
+                changed = [subject.but(strength=strength, token_weight=2 * strength, lam=strength + 0.2) for subject in subjects]
+                torch.testing.assert_close(step(compiled, changed), step(unet, changed), atol=1e-5, rtol=1e-4)

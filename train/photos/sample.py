@@ -1,0 +1,78 @@
+"""What a photo for training is, and what every source of photos can do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from PIL import ExifTags, Image
+
+from nested_attention.errors import NestedAttentionError
+from nested_attention.prompts import placeholders
+
+LYING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class PhotoSample:
+    """One photo to learn from.
+
+    Attributes:
+        image: the whole photo, RGB and upright.
+        reference: a square RGB picture of its subject.
+        text: the caption, with a placeholder such as `<person>` for the subject.
+        key: what the source calls it.
+    """
+
+    image: Image.Image
+    reference: Image.Image
+    text: str
+    key: str
+
+
+class Source(Protocol):
+    """Photos by number. `size` and `caption` do not decode the photo."""
+
+    @property
+    def shards(self) -> Sequence[int]:
+        """How many photos lie together in each part of the source, in order; these are best read near each other."""
+
+    def __len__(self) -> int: ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the upright photo in pixels."""
+
+    def caption(self, index: int) -> str: ...
+
+    def __getitem__(self, index: int) -> PhotoSample: ...
+
+
+def checked_caption(text: str, name: str) -> str:
+    """`text` on one line.
+
+    Raises:
+        NestedAttentionError: it does not hold exactly one placeholder. `name` is how the message calls its owner.
+    """
+    found = placeholders(text)
+    if len(found) != 1:
+        raise NestedAttentionError(
+            f'the caption of {name} names {", ".join(found) or "no placeholder"}: "{text[:80]}"; write exactly one into it, '
+            "such as <person>, where the subject is meant."
+        )
+    return " ".join(text.split())
+
+
+def upright_size(file: Path | IO[bytes], name: str) -> tuple[int, int]:
+    """Height and width of a picture as `read_image` gives it, from its header alone.
+
+    Raises:
+        NestedAttentionError: it is no picture.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            # a PNG would be decoded for its EXIF, and cameras write none
+            lying = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation) in LYING
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise NestedAttentionError(f"{name} is not a picture that can be read; take it out, or put it in again.") from error
+    return (width, height) if lying else (height, width)

@@ -1,0 +1,141 @@
+"""Photos in tar files as WebDataset has them: `KEY.jpg`, `KEY.reference.png`, and `KEY.txt` or `KEY.json` with "text".
+
+The headers of every shard are read once. Where each file lies is kept in `index.json` beside the shards, so that any
+photo can be read by its number.
+"""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from nested_attention.errors import NestedAttentionError
+from nested_attention.images import read_image
+from train.photos.sample import PhotoSample, checked_caption, upright_size
+
+INDEX = "index.json"
+PARTS = {  # how a name goes on after its key -> what is in the file
+    **dict.fromkeys(("jpg", "jpeg", "png"), "image"),
+    **{f"reference.{end}": "reference" for end in ("png", "jpg", "jpeg")},
+    **dict.fromkeys(("txt", "json"), "caption"),
+}  # fmt: skip
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class Stored(NamedTuple):
+    """Where a photo lies in its shard: `(offset, bytes)` of its files; `size` is the photo's height and width."""
+
+    key: str
+    size: tuple[int, int]
+    image: tuple[int, int]
+    reference: tuple[int, int]
+    caption: tuple[int, int]
+    as_json: bool
+
+
+class ShardSource:
+    """The photos of all shards that a pattern names.
+
+    Raises:
+        NestedAttentionError: there is no such shard, one is damaged or compressed, or a photo lacks one of its files.
+    """
+
+    def __init__(self, pattern: str):
+        self.paths = expand(pattern)
+        parts = [indexed(path) for path in self.paths]
+        self.shards = [len(part) for part in parts]
+        self.places = [(path, stored) for path, part in zip(self.paths, parts, strict=True) for stored in part]
+        if not self.places:
+            raise NestedAttentionError(f"there is no photo in {pattern}; a photo KEY is stored as KEY.jpg, KEY.reference.png and KEY.txt.")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.places[index][1].size
+
+    def caption(self, index: int) -> str:
+        path, stored = self.places[index]
+        with open(path, "rb") as file:
+            return caption_of(read(file, stored.caption), stored.as_json, f"{stored.key} in {path.name}")
+
+    def __getitem__(self, index: int) -> PhotoSample:
+        path, stored = self.places[index]
+        with open(path, "rb") as file:
+            image = read_image(read(file, stored.image), f"{stored.key} in {path.name}")
+            reference = read_image(read(file, stored.reference), f"the reference of {stored.key} in {path.name}")
+        return PhotoSample(image, reference, self.caption(index), stored.key)
+
+
+def read(file: IO[bytes], place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def caption_of(content: bytes, as_json: bool, name: str) -> str:
+    try:
+        return checked_caption(json.loads(content)["text"] if as_json else content.decode(), name)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise NestedAttentionError(f'the caption of {name} is not text, or JSON with "text"; write it again.') from error
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files of `data-{000000..000012}.tar` or `data-*.tar`, sorted.
+
+    Raises:
+        NestedAttentionError: one of them is missing.
+    """
+    if match := RANGE.search(pattern):
+        low, high = match.groups()
+        numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
+        return [path for number in numbers for path in expand(pattern[: match.start()] + number + pattern[match.end() :])]
+    found = sorted(Path(path) for path in glob.glob(pattern))
+    if not found:
+        raise NestedAttentionError(f"there is no file {pattern}; check the path and the numbers of the shards.")
+    return found
+
+
+def indexed(shard: Path) -> list[Stored]:
+    """What lies where in a shard, from the index beside it if the shard has not changed since."""
+    index, stat = shard.with_name(INDEX), shard.stat()
+    known = json.loads(index.read_text()) if index.is_file() else {}
+    state = [stat.st_size, stat.st_mtime_ns]
+    if known.get(shard.name, {}).get("state") != state:
+        known[shard.name] = {"state": state, "photos": scanned(shard)}
+        fresh = index.with_name(f"{INDEX}.{os.getpid()}")
+        with suppress(OSError):  # shards may lie where nothing can be written; they are then read each time
+            fresh.write_text(json.dumps(known))
+            fresh.replace(index)
+    return [Stored(*photo) for photo in known[shard.name]["photos"]]
+
+
+def scanned(shard: Path) -> list[Stored]:
+    """Reads the headers of a shard, those of its photos, and its captions."""
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    photos = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                stem, _, end = path.name.partition(".")
+                if member.isfile() and end.lower() in PARTS:
+                    parts.setdefault(str(path.with_name(stem)), {})[PARTS[end.lower()]] = member
+            for key, files in parts.items():
+                if missing := {"image", "reference", "caption"} - files.keys():
+                    raise NestedAttentionError(
+                        f"{key} in {shard.name} has no {' and no '.join(sorted(missing))}; a photo is stored as KEY.jpg, KEY.reference.png "
+                        "and KEY.txt."
+                    )
+                content = {part: tar.extractfile(member) for part, member in files.items()}
+                assert content["image"] and content["caption"]
+                name, as_json = f"{key} in {shard.name}", files["caption"].name.lower().endswith("json")
+                caption_of(content["caption"].read(), as_json, name)
+                image, reference, caption = ((files[p].offset_data, files[p].size) for p in ("image", "reference", "caption"))
+                photos.append(Stored(key, upright_size(content["image"], name), image, reference, caption, as_json))
+    except tarfile.TarError as error:
+        raise NestedAttentionError(f"{shard} is damaged or compressed ({error}); write it again as a plain tar file.") from error
+    return photos

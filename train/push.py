@@ -1,0 +1,237 @@
+"""A finished adapter onto the Hugging Face Hub: `python -m train.push runs/adapter-cat user/name`.
+
+Writes the folder `RUN/push` (weights, config, image encoder, model card, sample grids) and uploads it as one commit to a
+private repo. The same command resumes: what the Hub already has is not sent again. The token is the one of
+`hf auth login` or HF_TOKEN.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, ModelInfo
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from nested_attention.adapters import CONFIG, WEIGHTS, AdapterConfig, read_config, read_weights
+from nested_attention.bases import Base, find_base
+from nested_attention.errors import NestedAttentionError
+from nested_attention.hub import record_file, spoken_errors
+
+CARD, IMAGE_ENCODER = "README.md", "image_encoder"
+STORYBOOK = "the Storybook world (`train.storybook`), drawn on the fly: a picture, its caption, and another picture of the same subject"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished adapter run.
+
+    Attributes:
+        config: of the adapter, with what was measured later (`metrics.json`, name -> number) among its metrics.
+        data: what it learned from: `data` in the run's `config.json`, or Storybook.
+        hours, loss, held_out: the last ones in its log; not every run holds something out.
+        grids: the first, middle and last of its sample grids.
+    """
+
+    adapter: Path
+    config: AdapterConfig
+    base: Base
+    parameters: int
+    data: str
+    steps: int
+    batch_size: int
+    hours: float
+    loss: float
+    held_out: float | None
+    grids: list[Path]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Reads what `train.adapter` left in `folder`.
+
+        Raises:
+            NestedAttentionError: it is no finished run, or a file is damaged.
+        """
+        adapter = folder / "adapter"
+        if not (adapter / WEIGHTS).is_file():
+            raise NestedAttentionError(f"{folder} holds no finished adapter; let `train.adapter` train it to its last step first.")
+        config, weights = read_config(adapter), read_weights(adapter / WEIGHTS)
+        try:
+            made = json.loads((folder / "config.json").read_text())
+            steps, batch_size = made["loop"]["steps"], made["loop"]["batch_size"]
+            logged: dict[str, float] = {}
+            for line in (folder / "log.jsonl").read_text().splitlines():
+                logged |= json.loads(line)
+            hours, loss, held_out = logged["hours"], logged["loss"], logged.get("held_out")
+            if (folder / "metrics.json").is_file():
+                config = replace(config, metrics=config.metrics | json.loads((folder / "metrics.json").read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NestedAttentionError(f"the run {folder} is damaged ({error}); call `train.adapter` again, it resumes.") from error
+        data = made.get("data", STORYBOOK if config.base == "storybook" else "not recorded")
+        drawn = sorted((folder / "grids").glob("[0-9]*.png"))
+        grids = sorted({drawn[0], drawn[len(drawn) // 2], drawn[-1]}) if drawn else []
+        parameters = sum(value.numel() for value in weights.values())
+        return cls(adapter, config, find_base(config.base), parameters, data, steps, batch_size, hours, loss, held_out, grids)
+
+
+def find_image_encoder(run: Run, given: Path | None) -> Path | None:
+    """The folder of the image encoder that has to come along: `given`, or where the adapter or its training found it.
+
+    None if the image encoder is a repo of its own.
+
+    Raises:
+        NestedAttentionError: it is a folder, and not there.
+    """
+    source, kept = run.config.image_encoder, run.base.adapters
+    places = [run.adapter] if kept is None else [run.adapter, kept / run.config.kind]
+    folders = [given] if given else [place / source / run.config.image_subfolder for place in places]
+    if found := next((folder for folder in folders if (folder / "config.json").is_file()), None):
+        return found
+    if given or source.startswith("."):
+        raise NestedAttentionError(f"there is no image encoder in {' or '.join(map(str, folders))}; name its folder by --image-encoder.")
+    return None
+
+
+def write_folder(run: Run, repo: str, image_encoder: Path | None, out: Path) -> list[str]:
+    """Writes what is to be uploaded into `out`. Returns the names of the files."""
+    config, sources = run.config, {WEIGHTS: run.adapter / WEIGHTS}
+    if image_encoder is not None:
+        config = replace(config, image_encoder=IMAGE_ENCODER, image_subfolder="", image_revision=None)
+        files = [*image_encoder.glob("*.json"), *image_encoder.glob("*.safetensors")]
+        sources |= {f"{IMAGE_ENCODER}/{file.name}": file for file in files}
+    sources |= {f"grids/{grid.name}": grid for grid in run.grids}
+    for name, source in sources.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, out / name)
+    (out / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (out / CARD).write_text(card(run, repo))
+    return [*sources, CONFIG, CARD]
+
+
+def card(run: Run, repo: str) -> str:
+    """The model card. It says nothing that changes from one call to the next, so that a second push sends nothing."""
+    config, base, kind = run.config, run.base, run.config.kind
+    shipped = Path(base.source).is_absolute()
+    header = ModelCardData(
+        license=config.licence.lower(), library_name="nested-attention", pipeline_tag="text-to-image",
+        base_model=None if shipped else base.source,  # the Hub accepts repo ids only
+        tags=["nested-attention", "personalization", "adapter", base.name, kind],
+    )  # fmt: skip
+    where = "which comes with the code" if shipped else f"[{base.source}](https://huggingface.co/{base.source})"
+    facts = {
+        "base model": f"`{base.name}`, {where}",
+        "data": run.data,
+        "steps": f"{run.steps:,}",
+        "batch size": f"{run.batch_size:,}",
+        "hours": f"{run.hours:g}",
+        "last loss": f"{run.loss:g}",
+        **({} if run.held_out is None else {"held-out loss": f"{run.held_out:g}"}),
+        "parameters": f"{run.parameters / 1e6:.2f} million",
+        **{name: f"{value:g}" for name, value in config.metrics.items()},
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    samples = "\n\n".join(f"Step {int(grid.stem):,}:\n\n![step {int(grid.stem)}](grids/{grid.name})" for grid in run.grids)
+    return f"""---
+{header.to_yaml()}
+---
+
+# {repo.split("/")[1]}
+
+Give a picture of a {config.word}, write `<{kind}>` in a prompt: this adapter for the base model `{base.name}` draws the same
+one, by [nested attention](https://arxiv.org/abs/2501.01407).
+
+```python
+from nested_attention import NestedAttentionPipeline
+
+pipe = NestedAttentionPipeline.from_pretrained("{base.name}", adapter="{repo}")
+subject = pipe.encode("{kind}", "picture.png")
+pipe("a drawing of <{kind}> on the beach", subjects=[subject]).images[0].save("drawn.png")
+```
+
+## Training
+
+| | |
+|---|---|
+{rows}
+
+## Samples
+
+{samples or "None were drawn."}
+
+## Licence
+
+{config.licence}, for the adapter. The base model has a licence of its own: {base.licence}.
+"""
+
+
+@contextmanager
+def spoken_upload(repo: str) -> Iterator[None]:
+    """`spoken_errors`, and what only an upload raises, as one sentence with the next step."""
+    with spoken_errors(repo):
+        try:
+            yield
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
+            if isinstance(error.__cause__, HfHubHTTPError):  # raised by a thread that uploads, and wrapped
+                raise error.__cause__ from None
+            raise NestedAttentionError(
+                f"the Hub cannot be reached, or the upload to {repo} broke off; run the same command again, it sends only what is missing."
+            ) from error
+        except ValueError as error:
+            raise NestedAttentionError(
+                f"the Hub does not accept the model card ({' '.join(str(error).split())}); correct licence and base in the adapter's {CONFIG}."
+            ) from error
+
+
+def upload(repo: str, folder: Path, files: list[str], public: bool) -> ModelInfo:
+    """Uploads `files` of `folder` as one commit, and returns the repo at that commit.
+
+    Raises:
+        NestedAttentionError: no network, no permission, or the Hub does not take it.
+    """
+    api = HfApi()
+    with spoken_upload(repo):
+        api.create_repo(repo, private=True, exist_ok=True)
+        commit = api.create_commit(
+            repo, [CommitOperationAdd(name, folder / name) for name in files], commit_message="Adapter, model card and sample grids"
+        )
+        if public:  # only now, so that nobody sees half of it
+            api.update_repo_settings(repo, private=False)
+        return api.model_info(repo, revision=commit.oid)
+
+
+def push(options: argparse.Namespace) -> None:
+    if options.repo.count("/") != 1:
+        raise NestedAttentionError(f"{options.repo!r} is not a repo id of the form user/name; check the spelling.")
+    run = Run.read(options.run)
+    out = options.out or options.run / "push"
+    files = write_folder(run, options.repo, find_image_encoder(run, options.image_encoder), out)
+    if options.dry_run:
+        print(f"{len(files)} files are in {out}; nothing was uploaded.")
+        return
+    info = upload(options.repo, out, files, options.public)
+    print(f"{HfApi().endpoint}/{info.id} ({'private' if info.private else 'public'}), revision to pin: {info.sha}")
+    print(f'Load it: NestedAttentionPipeline.from_pretrained("{run.base.name}", adapter="{info.id}")')
+    print(f"Where an earlier revision was loaded before, it stays until its line is removed from {record_file()}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.push", description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run, such as runs/adapter-cat")
+    parser.add_argument("repo", help="where to: user/name")
+    parser.add_argument("--public", action="store_true", help="let everyone see it; else a new repo is private")
+    parser.add_argument("--image-encoder", type=Path, help="its folder, if it is not where the adapter's config says")
+    parser.add_argument("--out", type=Path, help="folder to write, RUN/push if not given")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder and upload nothing")
+    try:
+        push(parser.parse_args())
+    except NestedAttentionError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
