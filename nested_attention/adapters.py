@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,6 +21,7 @@ from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
 from nested_attention.errors import NestedAttentionError, get_back
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
+Framing = Literal["whole", "face"]
 LayerKV = dict[str, tuple[Tensor, Tensor]]  # layer name -> nested keys and values, each (B, heads, N, d)
 
 
@@ -35,6 +36,7 @@ class AdapterConfig:
         image_encoder: folder of the frozen image encoder, relative to the adapter's, or a Hub repo id.
         image_subfolder, image_revision: where in that repo, and at which commit.
         value_norm, lam: see `attention.LayerSubject`; `lam` is the default that a request may override.
+        framing: what of a picture it was trained to read: "whole", or the aligned "face".
         qformer, image: sizes.
         licence: of the weights.
         metrics: what the training measured, for people.
@@ -48,6 +50,7 @@ class AdapterConfig:
     image_revision: str | None = None
     value_norm: ValueNorm = "none"
     lam: float = 1.0
+    framing: Framing = "whole"
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     licence: str = "MIT"

@@ -2,6 +2,7 @@
 through the same classes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,20 @@ from nested_attention.errors import NestedAttentionError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.py"]  # what is fetched of a base: no pickles
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """A LoRA that makes a base draw in few steps, and the scheduler it was distilled for.
+
+    `file` of the Hub repo `repo` at `revision`; `scheduler`: a class of diffusers, with the settings `config`.
+    """
+
+    repo: str
+    revision: str | None
+    file: str
+    scheduler: str
+    config: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,9 @@ class Base:
         fast_steps: enough for a quick look.
         size: default side in pixels. `sizes`: smallest and largest side, and what both sides are multiples of.
         gigabytes: of weights in 16 bit, to be downloaded and to be held.
+        teraflops: of one step with guidance at the default size, multiplications and additions counted apart.
         licence: of the weights.
+        few_steps: what lets this preset draw in few steps, or None.
     """
 
     name: str
@@ -42,7 +59,9 @@ class Base:
     size: int
     sizes: tuple[int, int, int]
     gigabytes: float
+    teraflops: float
     licence: str
+    few_steps: FewSteps | None = None
 
 
 BASES = {
@@ -50,18 +69,39 @@ BASES = {
     for base in (
         Base(
             "storybook", "StableDiffusionPipeline", str(ASSETS / "storybook/base"), None, None, ASSETS / "storybook/adapters",
-            steps=24, fast_steps=10, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07, licence="MIT",
+            steps=24, fast_steps=10, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07, teraflops=0.015, licence="MIT",
         ),
         Base(
             "sd15", "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
             "fp16", None, steps=30, fast_steps=12, guidance_scale=7.0, negative_prompt="", size=512, sizes=(256, 1024, 8),
-            gigabytes=2.1, licence="CreativeML Open RAIL-M",
+            gigabytes=2.1, teraflops=1.6, licence="CreativeML Open RAIL-M",
         ),
         Base(
             "sdxl", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
             "fp16", None, steps=30, fast_steps=12, guidance_scale=5.0,
             negative_prompt="bad anatomy, monochrome, lowres, worst quality, low quality", size=1024, sizes=(512, 2048, 8),
-            gigabytes=6.9, licence="CreativeML Open RAIL++-M",
+            gigabytes=6.9, teraflops=25.0, licence="CreativeML Open RAIL++-M",
+        ),
+    )
+}  # fmt: skip
+LCM_FILE = "pytorch_lora_weights.safetensors"
+BASES |= {  # the same bases in few steps
+    preset.name: preset
+    for preset in (
+        replace(
+            BASES["sdxl"], name="sdxl-lightning", teraflops=12.5, steps=4, fast_steps=4, guidance_scale=1.0,
+            few_steps=FewSteps(
+                "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", "sdxl_lightning_4step_lora.safetensors",
+                "EulerDiscreteScheduler", {"timestep_spacing": "trailing"},
+            ),
+        ),
+        replace(
+            BASES["sdxl"], name="sdxl-lcm", steps=6, fast_steps=4, guidance_scale=1.5,
+            few_steps=FewSteps("latent-consistency/lcm-lora-sdxl", None, LCM_FILE, "LCMScheduler", {}),
+        ),
+        replace(
+            BASES["sd15"], name="sd15-lcm", steps=6, fast_steps=4, guidance_scale=1.5,
+            few_steps=FewSteps("latent-consistency/lcm-lora-sdv1-5", None, LCM_FILE, "LCMScheduler", {}),
         ),
     )
 }  # fmt: skip

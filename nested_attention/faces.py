@@ -20,6 +20,7 @@ from nested_attention.errors import NestedAttentionError
 from nested_attention.images import edge_colour
 
 FRAME = 512  # side of an aligned picture in pixels
+Box = tuple[float, float, float, float]
 Method = Literal["insightface", "opencv", "crop", "whole"]
 SAID: dict[Method, str] = {
     "insightface": "face found and aligned by insightface (its models are for non-commercial research)",
@@ -40,7 +41,7 @@ class Face:
         method: what found it.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     quad: np.ndarray
     method: Method
 
@@ -74,7 +75,7 @@ def framed(image: Image.Image, face: Face, size: int = FRAME) -> Image.Image:
     return Image.fromarray(out)
 
 
-def cropped(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+def cropped(image: Image.Image, box: Box) -> Image.Image:
     """The user's own crop, `box` in fractions of width and height.
 
     Raises:
@@ -85,6 +86,38 @@ def cropped(image: Image.Image, box: tuple[float, float, float, float]) -> Image
         raise NestedAttentionError(f"the crop {box} is empty or lies outside; give left, top, right, bottom as fractions from 0 to 1.")
     width, height = image.size
     return image.crop((round(left * width), round(top * height), max(round(right * width), 1), max(round(bottom * height), 1)))
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A picture as an adapter gets to see it, and what was done to it, in words. `faces`: how many could be chosen."""
+
+    image: Image.Image
+    said: str
+    faces: int
+
+
+def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0, 0.0, 1.0, 1.0), may_download: bool = False) -> Framed:
+    """Frames the subject of an RGB picture.
+
+    Args:
+        choice: "whole"; "crop" for the user's own `crop`; "face" for the largest face, "face 2" for the next, and so on.
+            Where no such face is found the whole picture is used, and `said` tells.
+
+    Raises:
+        NestedAttentionError: the crop is empty or lies outside.
+    """
+    if choice == "whole":
+        return Framed(image, SAID["whole"], 0)
+    if choice == "crop":
+        return Framed(cropped(image, crop), SAID["crop"], 0)
+    faces = find_faces(image, kind, may_download)
+    which = int(choice.removeprefix("face") or 1) - 1
+    if which >= len(faces):
+        found = f"only {len(faces)} found" if faces else "no face was found"
+        return Framed(image, f"{found}: {SAID['whole']}; crop it yourself if the subject is small", len(faces))
+    of = f", face {which + 1} of {len(faces)} by size" if len(faces) > 1 else ""
+    return Framed(framed(image, faces[which]), SAID[faces[which].method] + of, len(faces))
 
 
 # ------------------------------------------------------------------------------------------------------ insightface

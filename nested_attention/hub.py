@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -59,6 +59,13 @@ def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     revision = revision or commit_of(repo)
     with spoken_errors(repo, revision):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def is_here(repo: str, revision: str | None) -> bool:
+    """True if a diffusers repo lies in the cache, at `revision` or the recorded commit. Asks nobody."""
+    recorded = json.loads(record_file().read_text()) if record_file().exists() else {}
+    commit = revision or recorded.get(repo)
+    return commit is not None and isinstance(try_to_load_from_cache(repo, "model_index.json", revision=commit), str)
 
 
 @contextmanager

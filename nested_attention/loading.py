@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from nested_attention import released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import ASSETS, FILES, Base, find_base, of_architecture
+from nested_attention.bases import ASSETS, FILES, Base, FewSteps, find_base, of_architecture
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.hub import fetch
 
@@ -80,7 +81,27 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     for part in stock.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
+    if preset.few_steps is not None:
+        make_quick(stock, preset.few_steps)
     return preset, stock
+
+
+def make_quick(stock: DiffusionPipeline, few: FewSteps) -> None:
+    """Fuses a few-step LoRA into `stock` and gives it the scheduler that belongs to it.
+
+    Raises:
+        NestedAttentionError: the LoRA cannot be had or does not fit.
+    """
+    folder = Path(few.repo) if Path(few.repo).is_dir() else fetch(few.repo, few.revision, [few.file])
+    try:
+        stock.load_lora_weights(folder, weight_name=few.file)
+        stock.fuse_lora()
+        stock.unload_lora_weights()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise NestedAttentionError(
+            f"the few-step weights {few.file} of {few.repo} cannot be used ({error}); {get_back(folder / few.file)}."
+        ) from error
+    stock.scheduler = getattr(diffusers, few.scheduler).from_config(stock.scheduler.config, **few.config)
 
 
 def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:

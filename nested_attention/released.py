@@ -128,7 +128,7 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
     released = sort_released(tensors, len(cross_attention_layers(unet)))
     config = AdapterConfig(
         kind="person", word="person", base="sdxl", image_encoder=REPO, image_subfolder="image_encoder", image_revision=revision,
-        value_norm="full", lam=2.0, qformer=released.sizes(), image=CLIP_VIT_H, licence=LICENCE,
+        value_norm="full", lam=2.0, framing="face", qformer=released.sizes(), image=CLIP_VIT_H, licence=LICENCE,
     )  # fmt: skip
     adapter = Adapter(config, unet)
     state = {f"qformer.{name}": value for name, value in released.qformer.items()}

@@ -114,9 +114,9 @@ def create(hub: HubServer, body: bytes) -> Answer:
     if wanted["organization"] != USER:
         return refused(403, f'You don\'t have the rights to create a model under the namespace "{wanted["organization"]}".')
     name = f"{USER}/{wanted['name']}"
-    status = 409 if name in hub.repos else 200
+    known = name in hub.repos
     hub.repos.setdefault(name, Repo(wanted["visibility"] == "private"))
-    return said(status, url=f"{hub.url}/{name}", name=name, id=name)
+    return said(409 if known else 200, url=f"{hub.url}/{name}")
 
 
 def validate_card(hub: HubServer, body: bytes) -> Answer:
@@ -163,8 +163,7 @@ def lfs_store(hub: HubServer, body: bytes, oid: str) -> Answer:
 
 
 def lfs_verify(hub: HubServer, body: bytes, repo: str) -> Answer:
-    wanted = json.loads(body)
-    return Answer(200) if len(hub.blobs.get(wanted["oid"], b"")) == wanted["size"] else refused(404, "no such object")
+    return Answer(200) if json.loads(body)["oid"] in hub.blobs else refused(404, "no such object")
 
 
 def commit(hub: HubServer, body: bytes, repo: str) -> Answer:
@@ -193,8 +192,7 @@ def info(hub: HubServer, body: bytes, repo: str, revision: str | None = None) ->
     sha = found.head if revision in (None, "main") else str(revision)
     if sha not in found.commits:
         return refused(404, "Invalid rev id", "RevisionNotFound")
-    siblings = [{"rfilename": path} for path in found.commits[sha]]
-    return said(id=repo, modelId=repo, sha=sha, private=found.private, siblings=siblings, tags=[], downloads=0, likes=0)
+    return said(id=repo, sha=sha, private=found.private, siblings=[{"rfilename": path} for path in found.commits[sha]])
 
 
 def tree(hub: HubServer, body: bytes, repo: str, revision: str) -> Answer:

@@ -4,14 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline, patches
-from nested_attention.bases import BASES, find_base
+from nested_attention.bases import BASES, FewSteps, find_base
 from nested_attention.hub import commit_of
-from nested_attention.loading import best_dtype, load_base, usable_device
+from nested_attention.loading import best_dtype, load_base, make_quick, usable_device
 from tests import tiny
 
 
@@ -77,3 +79,27 @@ def test_the_base_carries_a_true_copy_of_the_patch_autoencoder() -> None:
     """Diffusers alone loads the folder by its own file; `train.export` writes it from ours."""
     ours = Path(patches.__file__).read_text()
     assert (Path(BASES["storybook"].source) / "vae/patches.py").read_text() == ours
+
+
+def test_few_step_weights_are_fused_and_bring_their_scheduler(tmp_path: Path) -> None:
+    """A LoRA of rank 1 moves the U-Net's weights by just its product; the layers stay plain layers."""
+    stock = tiny.stock("sdxl")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    layer = stock.unet.get_submodule(name)
+    before = layer.weight.clone()
+    down, up = torch.randn(1, layer.in_features), torch.randn(layer.out_features, 1)
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "few.safetensors")
+    make_quick(stock, FewSteps(str(tmp_path), None, "few.safetensors", "LCMScheduler", {}))
+    after = stock.unet.get_submodule(name)
+    assert type(after) is torch.nn.Linear and type(stock.scheduler).__name__ == "LCMScheduler"
+    torch.testing.assert_close(after.weight, before + up @ down)
+    with pytest.raises(NestedAttentionError, match=r"few-step weights gone\.safetensors"):
+        make_quick(tiny.stock("sd"), FewSteps(str(tmp_path), None, "gone.safetensors", "LCMScheduler", {}))
+
+
+def test_few_step_presets_are_their_base_with_fewer_steps() -> None:
+    for base in BASES.values():
+        if base.few_steps is not None:
+            whole = BASES[base.name.split("-")[0]]
+            assert base.source == whole.source and base.steps < whole.steps / 2 and base.guidance_scale <= 2
+            assert hasattr(diffusers, base.few_steps.scheduler)

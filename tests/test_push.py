@@ -111,7 +111,9 @@ def test_a_dry_run_writes_a_folder_that_loads_and_calls_nobody(run: Path, here, 
     assert all(torch.equal(value, tiny.vision().state_dict()[name]) for name, value in encoder.state_dict().items())
 
 
-def test_an_interrupted_push_resumes_and_the_repo_loads_bit_equal(run: Path, here, hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_push_resumes_and_the_repo_loads_bit_equal(
+    run: Path, here, hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     home, encoder = tmp_path / "home", sha256(run.parent / "image_encoder/model.safetensors")
     hub.fail_once(f"PUT /storage/{encoder}", 507)
     first = command(hub, home, "-m", "train.push", run, "me/cat")
@@ -121,13 +123,13 @@ def test_an_interrupted_push_resumes_and_the_repo_loads_bit_equal(run: Path, her
     assert set(hub.blobs) == {sha256(run / "adapter" / WEIGHTS)} and hub.repos["me/cat"].files == {}
 
     before = len(hub.requests)
-    second = command(hub, home, "-m", "train.push", run, "me/cat")
-    assert second.returncode == 0, second.stderr
+    assert push(here, run, "me/cat") == ""
+    second = capfd.readouterr()
     assert [request for request in hub.requests[before:] if request.startswith("PUT")] == [f"PUT /storage/{encoder}"]
     repo = hub.repos["me/cat"]
     assert repo.private and set(repo.files) == FILES
-    assert f"{hub.url}/me/cat (private), revision to pin: {repo.head}" in second.stdout
-    assert 'NestedAttentionPipeline.from_pretrained("sd15", adapter="me/cat")' in second.stdout
+    assert f"{hub.url}/me/cat (private), revision to pin: {repo.head}" in second.out
+    assert 'NestedAttentionPipeline.from_pretrained("sd15", adapter="me/cat")' in second.out
     text = repo.files["README.md"].content.decode()
     for part in (
         "license: mit", "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5", "library_name: nested-attention", "- cat\n",
@@ -150,8 +152,8 @@ def test_an_interrupted_push_resumes_and_the_repo_loads_bit_equal(run: Path, her
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], value.float()) for name, value in wanted.items())
 
-    outputs = "".join(done.stdout + done.stderr for done in (first, second, loaded))
-    assert TOKEN not in outputs
+    outputs = [first.stdout, first.stderr, second.out, second.err, loaded.stdout, loaded.stderr, *capfd.readouterr()]
+    assert not any(TOKEN in output for output in outputs)
     seen = [path for path in tmp_path.rglob("*") if path.is_file() and path != home / "token" and TOKEN.encode() in path.read_bytes()]
     assert seen == []
 
@@ -204,6 +206,17 @@ def test_a_card_that_the_hub_does_not_accept_is_said(run: Path, here, hub: HubSe
     (run / "adapter" / CONFIG).write_text(json.dumps(config | {"licence": "as you like"}))
     assert 'the Hub does not accept the model card (Invalid metadata in README.md. - "license" with value' in push(here, run, "me/cat")
     assert hub.repos["me/cat"].files == {}
+
+
+def test_a_base_that_is_on_no_hub_is_no_base_model_of_the_card(run: Path, here) -> None:
+    config = json.loads((run / "adapter" / CONFIG).read_text())
+    (run / "adapter" / CONFIG).write_text(json.dumps(config | {"base": "storybook"}))
+    (run / "config.json").write_text(json.dumps({"loop": {"steps": 400, "batch_size": 48}}))
+    (run / "metrics.json").write_text(json.dumps({"likeness": 0.5}))
+    assert push(here, run, "me/cat", "--dry-run") == ""
+    text = (run / "push/README.md").read_text()
+    assert "base_model" not in text and "`storybook`, which comes with the code" in text
+    assert "drawn on the fly" in text and "| identity | 0.97 |\n| likeness | 0.5 |" in text
 
 
 def test_what_a_run_lacks_is_named(run: Path, here, tmp_path: Path) -> None:

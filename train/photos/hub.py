@@ -32,11 +32,12 @@ class HubSource:
     def __init__(self, name: str):
         try:
             from datasets import Image, load_dataset, load_from_disk
+            from datasets.exceptions import DatasetsError
         except ImportError as error:
             raise NestedAttentionError(f"the package datasets is needed to read {name}; `pip install datasets`.") from error
         try:
             loaded = load_from_disk(name) if saved_to_disk(Path(name)) else load_dataset(name)
-        except (OSError, ValueError) as error:
+        except (DatasetsError, OSError, ValueError) as error:
             raise NestedAttentionError(
                 f"the data set {name} cannot be loaded ({error}); check the name, log in with `hf auth login` if it is private, "
                 "and connect once so that it can be fetched."
@@ -55,7 +56,7 @@ class HubSource:
         self.sizes: list[tuple[int, int]] = []
         for row in self.rows.select_columns(["image", "text"]):
             called = self.called(len(self.sizes))
-            self.captions.append(checked_caption(row["text"], called))
+            self.captions.append(checked_caption(row["text"] or "", called))
             self.sizes.append(upright_size(io.BytesIO(content(row["image"])), called))
         if not self.sizes:
             raise NestedAttentionError(f"the data set {name} is empty; choose another one.")

@@ -11,7 +11,7 @@ import re
 import tarfile
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.images import read_image
@@ -46,7 +46,7 @@ class ShardSource:
 
     def __init__(self, pattern: str):
         self.paths = expand(pattern)
-        parts = [indexed(path) for path in self.paths]
+        parts = indexed(self.paths)
         self.shards = [len(part) for part in parts]
         self.places = [(path, stored) for path, part in zip(self.paths, parts, strict=True) for stored in part]
         if not self.places:
@@ -56,7 +56,8 @@ class ShardSource:
         return len(self.places)
 
     def size(self, index: int) -> tuple[int, int]:
-        return self.places[index][1].size
+        height, width = self.places[index][1].size
+        return height, width
 
     def caption(self, index: int) -> str:
         path, stored = self.places[index]
@@ -99,18 +100,26 @@ def expand(pattern: str) -> list[Path]:
     return found
 
 
-def indexed(shard: Path) -> list[Stored]:
-    """What lies where in a shard, from the index beside it if the shard has not changed since."""
-    index, stat = shard.with_name(INDEX), shard.stat()
-    known = json.loads(index.read_text()) if index.is_file() else {}
-    state = [stat.st_size, stat.st_mtime_ns]
-    if known.get(shard.name, {}).get("state") != state:
-        known[shard.name] = {"state": state, "photos": scanned(shard)}
-        fresh = index.with_name(f"{INDEX}.{os.getpid()}")
+def indexed(shards: list[Path]) -> list[list[Stored]]:
+    """What lies where in each shard, from the index beside it if the shard has not changed since."""
+    known = {folder: read_index(folder) for folder in {shard.parent for shard in shards}}
+    changed = set()
+    for shard in shards:
+        stat, entries = shard.stat(), known[shard.parent]
+        state = [stat.st_size, stat.st_mtime_ns]
+        if entries.get(shard.name, {}).get("state") != state:
+            entries[shard.name] = {"state": state, "photos": scanned(shard)}
+            changed.add(shard.parent)
+    for folder in changed:
+        fresh = folder / f"{INDEX}.{os.getpid()}"
         with suppress(OSError):  # shards may lie where nothing can be written; they are then read each time
-            fresh.write_text(json.dumps(known))
-            fresh.replace(index)
-    return [Stored(*photo) for photo in known[shard.name]["photos"]]
+            fresh.write_text(json.dumps(known[folder]))
+            fresh.replace(folder / INDEX)
+    return [[Stored(*photo) for photo in known[shard.parent][shard.name]["photos"]] for shard in shards]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX).read_text()) if (folder / INDEX).is_file() else {}
 
 
 def scanned(shard: Path) -> list[Stored]:
@@ -121,9 +130,9 @@ def scanned(shard: Path) -> list[Stored]:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                stem, _, end = path.name.partition(".")
+                _, _, end = path.name.partition(".")
                 if member.isfile() and end.lower() in PARTS:
-                    parts.setdefault(str(path.with_name(stem)), {})[PARTS[end.lower()]] = member
+                    parts.setdefault(str(path)[: -len(end) - 1], {})[PARTS[end.lower()]] = member
             for key, files in parts.items():
                 if missing := {"image", "reference", "caption"} - files.keys():
                     raise NestedAttentionError(
