@@ -2,12 +2,15 @@
 
 import gradio as gr
 
+from nested_attention import NestedAttentionPipeline
+from nested_attention.settings import MAX_SUBJECTS
 from nested_attention.ui.api import build_api
-from nested_attention.ui.controls import build_advanced, build_prompt
+from nested_attention.ui.controls import build_advanced, build_prompt, knob_defaults
 from nested_attention.ui.examples import load_examples
 from nested_attention.ui.handlers import Handlers, insert_one
 from nested_attention.ui.inside import build_inside
-from nested_attention.ui.slots import build_slots
+from nested_attention.ui.models import build_models, use_model
+from nested_attention.ui.slots import build_slots, framing_for
 from nested_attention.ui.studio import Studio
 
 TITLE = """# Nested Attention
@@ -26,7 +29,6 @@ def build_app(studio: Studio) -> gr.Blocks:
     """The whole page. Nothing is generated until somebody asks."""
     examples = load_examples()
     start = examples[0] if examples else None
-    size = max((adapter.config.image.size for adapter in studio.pipe.adapters.values()), default=128)
     with gr.Blocks(title="Nested Attention", analytics_enabled=False) as page:
         gr.Markdown(TITLE)
         with gr.Row():
@@ -35,8 +37,9 @@ def build_app(studio: Studio) -> gr.Blocks:
                     [(example.results[0], example.title) for example in examples], label="1 · Start from an example", columns=4, height=150,
                     allow_preview=False, interactive=False, object_fit="cover", visible=bool(examples), elem_id="examples",
                 )  # fmt: skip
+                models = build_models(studio)
                 gr.Markdown("**2 · Your subjects**")
-                panels, _ = build_slots(studio.pipe.kinds, size)
+                panels, no_adapter = build_slots(studio)
                 gr.Markdown("**3 · What should happen**")
                 prompt = build_prompt()
                 with gr.Row():
@@ -44,7 +47,7 @@ def build_app(studio: Studio) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel")
                 notice = gr.Markdown(elem_classes="notice problem", elem_id="notice")
                 offer = gr.Button(visible=False, elem_id="offer")
-                controls = build_advanced(prompt, studio.pipe.base)
+                controls = build_advanced(prompt, studio.pipe)
             with gr.Column(scale=6, min_width=320):
                 gallery = gr.Gallery(
                     list(start.results) if start else None, label="4 · Pictures", columns=2, object_fit="contain", height=520, interactive=False,
@@ -80,6 +83,21 @@ def build_app(studio: Studio) -> gr.Blocks:
             [prompt, controls.seed, gallery, status, *slot_inputs, *(p.group for p in panels)],
             api_visibility="private",
         )
+        adapted = [no_adapter, *(panel.kind for panel in panels), *(panel.framing for panel in panels), *controls.adapted]
+        models.load.click(
+            use_model(studio, model_updates, len(adapted)), [models.base, models.adapter], [models.about, models.note, *adapted],
+            concurrency_id="pipeline", api_visibility="private",
+        )  # fmt: skip
         build_api(studio)
         page.unload(handlers.close)
     return page
+
+
+def model_updates(pipe: NestedAttentionPipeline) -> list:
+    """How the page changes with the model: the line about adapters, kinds and framings of the slots, the knobs' defaults."""
+    kinds = list(pipe.kinds)
+    first = kinds[0] if kinds else None
+    return [
+        gr.Markdown(visible=not kinds), *(gr.Dropdown(kinds, value=first) for _ in range(MAX_SUBJECTS)),
+        *(framing_for(pipe, first or "") for _ in range(MAX_SUBJECTS)), *knob_defaults(pipe),
+    ]  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from nested_attention.bases import Base
+from nested_attention import NestedAttentionPipeline
 from nested_attention.settings import MAX_PROMPT, MAX_SEED
 from nested_attention.subjects import MAX_LAM, MAX_TOKEN_WEIGHT
 from nested_attention.ui.examples import READY_MADE
@@ -32,6 +32,17 @@ class Controls:
             self.token_weight,
         ]  # fmt: skip
 
+    @property
+    def adapted(self) -> list[gr.components.Component]:
+        """Those whose defaults depend on the model, in the order of `knob_defaults`."""
+        return [self.steps, self.guidance_scale, self.negative_prompt, self.lam]
+
+
+def knob_defaults(pipe: NestedAttentionPipeline) -> list[float | str]:
+    """Values for `Controls.adapted` that this model likes."""
+    lam = max((adapter.config.lam for adapter in pipe.adapters.values()), default=1.0)
+    return [pipe.base.steps, pipe.base.guidance_scale, pipe.base.negative_prompt, lam]
+
 
 def build_prompt() -> gr.Textbox:
     prompt = gr.Textbox(
@@ -42,25 +53,26 @@ def build_prompt() -> gr.Textbox:
     return prompt
 
 
-def build_advanced(prompt: gr.Textbox, base: Base) -> Controls:
+def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline) -> Controls:
     """Closed by default; every knob says in one sentence what it does."""
+    default_steps, default_guidance, default_negative, default_lam = knob_defaults(pipe)
     with gr.Accordion("Advanced", open=False):
         with gr.Row():
             num_images = gr.Slider(1, 8, 4, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140)
             steps = gr.Slider(
                 1,
                 60,
-                base.steps,
+                default_steps,
                 step=1,
                 label="Steps",
-                info=f"More is finer and slower; {base.fast_steps} gives a quick look.",
+                info=f"More is finer and slower; {pipe.base.fast_steps} gives a quick look.",
                 min_width=140,
             )
         with gr.Row():
             guidance = gr.Slider(
                 1,
                 10,
-                base.guidance_scale,
+                default_guidance,
                 step=0.1,
                 label="Guidance",
                 info="Higher follows the prompt more strictly, too high looks harsh.",
@@ -81,7 +93,7 @@ def build_advanced(prompt: gr.Textbox, base: Base) -> Controls:
             lam = gr.Slider(
                 0,
                 MAX_LAM,
-                1.0,
+                default_lam,
                 step=0.05,
                 label="λ",
                 info="Length of the subject's value: more pushes its looks harder, also where they do not belong.",
@@ -96,7 +108,5 @@ def build_advanced(prompt: gr.Textbox, base: Base) -> Controls:
                 info="How loudly the subject's word competes with the other words.",
                 min_width=140,
             )
-        negative = gr.Textbox(
-            base.negative_prompt, label="Negative prompt", max_length=MAX_PROMPT, info="What the pictures should not show."
-        )
+        negative = gr.Textbox(default_negative, label="Negative prompt", max_length=MAX_PROMPT, info="What the pictures should not show.")
     return Controls(prompt, negative, num_images, steps, guidance, seed, new_seed, lam, weight)

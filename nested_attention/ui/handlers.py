@@ -15,8 +15,8 @@ from nested_attention.ui.examples import Example
 from nested_attention.ui.explain import enlarged
 from nested_attention.ui.gpu import on_gpu
 from nested_attention.ui.inside import reset
-from nested_attention.ui.slots import read_slots
-from nested_attention.ui.studio import Result, Session, Slot, Studio, missing_placeholders, put_into_prompt, result_of
+from nested_attention.ui.slots import VALUES, read_slots, slot_updates
+from nested_attention.ui.studio import Result, Session, Studio, missing_placeholders, put_into_prompt, result_of
 
 PREVIEW_EVERY = 3  # steps between two previews
 CONTROLS = 9  # how many values of `Controls.inputs` come before those of the slots
@@ -31,14 +31,6 @@ def insert_one(prompt: str, button: str, kind: str) -> str:
     """Writes the placeholder that a slot's button names into the prompt."""
     placeholder = next((word for word in button.split() if word.startswith("<")), "")
     return prompt if not placeholder or placeholder in prompt else put_into_prompt(prompt, placeholder, ORDINARY.get(kind, (kind,)))
-
-
-def slot_updates(slots: Sequence[Slot]) -> list:
-    """Values for all slots' `inputs`: the given ones first, the rest emptied."""
-    values: list = []
-    for number in range(MAX_SUBJECTS):
-        values += [slots[number].kind, list(slots[number].files), slots[number].strength] if number < len(slots) else [gr.skip(), None, 1.0]
-    return values
 
 
 class Handlers:
@@ -89,15 +81,15 @@ class Handlers:
         return prompt, "Done; press Generate.", gr.Button(visible=False)
 
     def _compare(self, request: gr.Request) -> tuple[Image.Image, Image.Image]:
+        session = self._session(request)
         try:
-            result = result_of(self._session(request))
+            return enlarged(self.studio.without_subjects(session)), enlarged(result_of(session).generation.images[0])
         except NestedAttentionError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return enlarged(self.studio.without_subjects(result)), enlarged(result.generation.images[0])
 
     def restore(self, path: str | None, request: gr.Request) -> list:
         """Values for controls, slots and notice from a dropped PNG."""
-        nothing = [gr.skip()] * (CONTROLS + 3 * MAX_SUBJECTS)
+        nothing = [gr.skip()] * (CONTROLS + VALUES * MAX_SUBJECTS)
         if path is None:
             return [*nothing, ""]
         try:
@@ -114,10 +106,11 @@ class Handlers:
         for number in range(MAX_SUBJECTS):
             note = made.subjects[number] if number < len(made.subjects) else None
             if note is None:
-                slots += [gr.skip(), gr.skip(), gr.skip()]
+                slots += [gr.skip()] * VALUES
             else:
                 files = [sources[picture] for picture in note.pictures if picture in sources]
-                slots += [note.kind, files if note.placeholder not in lost else gr.skip(), note.strength]
+                rest = [gr.skip()] * (VALUES - 3)
+                slots += [note.kind, files if note.placeholder not in lost else gr.skip(), note.strength, *rest]
         told = (
             f"Settings restored. Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them."
             if lost

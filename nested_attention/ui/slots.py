@@ -1,15 +1,20 @@
-"""Up to four subject slots: kind, pictures, what the encoder will see, strength."""
+"""Up to four subject slots: kind, pictures, what the encoder will see of them, strength."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
-from nested_attention import NestedAttentionError
-from nested_attention.images import padded_square, read_image
+from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention.images import padded_square
 from nested_attention.settings import MAX_SUBJECTS
 from nested_attention.subjects import MAX_STRENGTH
-from nested_attention.ui.studio import Slot, slot_names
+from nested_attention.ui.studio import Slot, Studio, framed_pictures, slot_names
+
+FRAMINGS = {"the largest face": "face", "the second face": "face 2", "the third face": "face 3", "the fourth face": "face 4",
+            "the fifth face": "face 5", "the sixth face": "face 6", "my own crop": "crop", "the whole picture": "whole"}  # fmt: skip
+SIDES = {"Left": 0, "Top": 0, "Right": 100, "Bottom": 100}  # the crop that cuts nothing, in percent
 
 
 @dataclass(frozen=True)
@@ -21,26 +26,46 @@ class SlotPanel:
     files: gr.Gallery
     preview: gr.Gallery
     strength: gr.Slider
+    framing: gr.Dropdown
+    crop: gr.Row
+    sides: list[gr.Slider]
     note: gr.Markdown
     insert: gr.Button
     remove: gr.Button
 
     @property
     def inputs(self) -> list[gr.components.Component]:
-        return [self.kind, self.files, self.strength]
+        return [self.kind, self.files, self.strength, self.framing, *self.sides]
 
 
-def paths(files: Sequence[tuple[str, str | None]] | None) -> tuple[str, ...]:
-    """The file paths in the value of a `gr.Gallery`."""
-    return tuple(path for path, _ in files or ())
+VALUES = 4 + len(SIDES)  # of one panel's `inputs`
 
 
-def read_slots(values: Sequence) -> list[Slot]:
+def slot_of(values: Sequence[Any]) -> Slot:
+    """A slot from the values of a panel's `inputs`."""
+    kind, files, strength, framing, *sides = values
+    left, top, right, bottom = (side / 100 for side in sides)
+    return Slot(kind, tuple(path for path, _ in files or ()), strength, framing, (left, top, right, bottom))
+
+
+def read_slots(values: Sequence[Any]) -> list[Slot]:
     """The slots from the flat values of all panels' `inputs`."""
-    return [Slot(kind, paths(files), strength) for kind, files, strength in zip(*[iter(values)] * 3, strict=True)]
+    return [slot_of(values[start : start + VALUES]) for start in range(0, len(values), VALUES)]
 
 
-def slot_labels(values: Sequence) -> list[gr.Button]:
+def slot_updates(slots: Sequence[Slot]) -> list:
+    """Values for all panels' `inputs`: the given slots first, the rest emptied."""
+    values: list = []
+    for number in range(MAX_SUBJECTS):
+        if number < len(slots):
+            slot = slots[number]
+            values += [slot.kind, list(slot.files), slot.strength, slot.framing, *(round(100 * side) for side in slot.crop)]
+        else:
+            values += [gr.skip(), None, 1.0, gr.skip(), *SIDES.values()]
+    return values
+
+
+def slot_labels(values: Sequence[Any]) -> list[gr.Button]:
     """How every slot's button should read, given the values of all panels' `inputs`: only slots with a picture count."""
     slots = read_slots(values)
     filled = [slot.kind if slot.files else "" for slot in slots]
@@ -51,58 +76,75 @@ def slot_labels(values: Sequence) -> list[gr.Button]:
     ]
 
 
-def look(files: Sequence[tuple[str, str | None]] | None, size: int) -> tuple[gr.Gallery, str]:
-    """What the encoder will see of the pictures in a slot, or why one of them cannot be used."""
-    pictures, problems = [], []
-    for path in paths(files):
+def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr.Row]:
+    """What the encoder will see of the pictures in a slot and how they were framed, or why one cannot be used."""
+    pictures, notes = [], []
+    for file in slot.files:
         try:
-            pictures.append(padded_square(read_image(path), size))
+            (made,) = framed_pictures(Slot(slot.kind, (file,), framing=slot.framing, crop=slot.crop))
+            pictures.append(padded_square(made.image, pipe.adapters[slot.kind].config.image.size))
+            notes.append(made.said)
         except NestedAttentionError as error:
-            problems.append(f"⚠️ {error}")
-    return gr.Gallery(pictures, visible=bool(pictures)), "\n\n".join(problems)
+            notes.append(f"⚠️ {error}")
+    told = [note for note in dict.fromkeys(notes) if slot.framing != "whole" or note.startswith("⚠️")]
+    return gr.Gallery(pictures, visible=bool(pictures)), "\n\n".join(told), gr.Row(visible=slot.framing == "crop")
 
 
-def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Button]:
-    """Four slots, the first one open, and the button that opens the next. `size`: side of the encoder's input."""
-    panels: list[SlotPanel] = []
-    if not kinds:
-        gr.Markdown("This base model has no adapter here yet, so prompts go without subjects.")
-    for number in range(MAX_SUBJECTS if kinds else 0):
-        with gr.Group(visible=number == 0, elem_classes="slot") as group:
-            with gr.Row():
-                kind = gr.Dropdown(
-                    list(kinds),
-                    value=kinds[number % len(kinds)] if number < 2 else kinds[0],
-                    label=f"Subject {number + 1}",
-                    min_width=110,
-                    elem_id=f"kind-{number}",
-                )
-                strength = gr.Slider(
-                    0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
-                )
-            files = gr.Gallery(
-                label="Its pictures: upload or paste one or several", type="filepath", columns=4, height=170, fit_columns=False,
-                interactive=True, sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
-            )  # fmt: skip
-            preview = gr.Gallery(
-                label="What the encoder sees",
-                columns=5,
-                height=130,
-                interactive=False,
-                visible=False,
-                allow_preview=False,
-                object_fit="contain",
-                fit_columns=False,
+def framing_for(pipe: NestedAttentionPipeline, kind: str) -> gr.Dropdown:
+    """The framing that the kind's adapter was trained with; no choice where that is the whole picture."""
+    framing = pipe.adapters[kind].config.framing if kind in pipe.adapters else "whole"
+    return gr.Dropdown(value=framing, visible=framing != "whole")
+
+
+def build_slot(pipe: NestedAttentionPipeline, number: int) -> SlotPanel:
+    kinds = list(pipe.kinds)
+    chosen = kinds[number % len(kinds)] if number < 2 and kinds else next(iter(kinds), None)
+    with gr.Group(visible=number == 0, elem_classes="slot") as group:
+        with gr.Row():
+            kind = gr.Dropdown(kinds, value=chosen, label=f"Subject {number + 1}", min_width=110, elem_id=f"kind-{number}")
+            strength = gr.Slider(
+                0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
             )
-            note = gr.Markdown(elem_classes="problem")
-            with gr.Row():
-                insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
-                remove = gr.Button("Remove", size="sm", min_width=60)
-        panels.append(SlotPanel(group, kind, files, preview, strength, note, insert, remove))
-    more = gr.Button("+ another subject", size="sm", elem_id="more", visible=bool(kinds))
+        files = gr.Gallery(
+            label="Its pictures: upload or paste one or several", type="filepath", columns=4, height=170, fit_columns=False,
+            interactive=True, sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
+        )  # fmt: skip
+        start = framing_for(pipe, chosen or "")
+        framing = gr.Dropdown(
+            list(FRAMINGS.items()), value=start.value, visible=start.visible, label="Use of the picture", elem_id=f"framing-{number}"
+        )
+        with gr.Row(visible=False) as crop:
+            sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
+        preview = gr.Gallery(
+            label="What the encoder sees", columns=5, height=130, interactive=False, visible=False, allow_preview=False,
+            object_fit="contain", fit_columns=False,
+        )  # fmt: skip
+        note = gr.Markdown(elem_classes="notice", elem_id=f"note-{number}")
+        with gr.Row():
+            insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
+            remove = gr.Button("Remove", size="sm", min_width=60)
+    return SlotPanel(group, kind, files, preview, strength, framing, crop, sides, note, insert, remove)
+
+
+def build_slots(studio: Studio) -> tuple[list[SlotPanel], gr.Markdown]:
+    """Four slots, the first one open; and the line that says so where a model has no adapter."""
+    kinds = studio.pipe.kinds
+    none = gr.Markdown("This model has no adapter here yet, so prompts go without subjects.", visible=not kinds)
+    panels = [build_slot(studio.pipe, number) for number in range(MAX_SUBJECTS)]
+    more = gr.Button("+ another subject", size="sm", elem_id="more")
     inputs = [component for panel in panels for component in panel.inputs]
     labels = [panel.insert for panel in panels]
     opened = gr.State(1)
+
+    def pipe_of(request: gr.Request) -> NestedAttentionPipeline:
+        return studio.session(str(request.session_hash)).pipe
+
+    def looked(request: gr.Request, *values: Any) -> tuple[gr.Gallery, str, gr.Row]:
+        return look(pipe_of(request), slot_of(values))
+
+    def reframed(kind: str, request: gr.Request) -> gr.Dropdown:
+        return framing_for(pipe_of(request), kind)
+
     more.click(lambda n: min(n + 1, MAX_SUBJECTS), opened, opened, api_visibility="private").then(
         lambda n: [gr.Group(visible=k < n) for k in range(MAX_SUBJECTS)],
         opened,
@@ -110,7 +152,12 @@ def build_slots(kinds: Sequence[str], size: int) -> tuple[list[SlotPanel], gr.Bu
         api_visibility="private",
     )
     for panel in panels:
-        panel.files.change(lambda files: look(files, size), panel.files, [panel.preview, panel.note], api_visibility="private")
+        seen = [panel.preview, panel.note, panel.crop]
+        changes = [panel.files.change, panel.framing.change, *(side.release for side in panel.sides)]
+        gr.on(changes, looked, panel.inputs, seen, api_visibility="private")
+        panel.kind.change(reframed, panel.kind, panel.framing, api_visibility="private").then(
+            looked, panel.inputs, seen, api_visibility="private"
+        )
         panel.remove.click(lambda: (None, 1.0), None, [panel.files, panel.strength], api_visibility="private")
         gr.on([panel.files.change, panel.kind.change], lambda *values: slot_labels(values), inputs, labels, api_visibility="private")
-    return panels, more
+    return panels, none

@@ -1,4 +1,4 @@
-"""What the app can do, without Gradio: sessions, subjects from slots, generation, explanation."""
+"""What the app can do, without Gradio: sessions, models, subjects from slots, generation, explanation."""
 
 import tempfile
 import time
@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Progress, Subject, SubjectCache
+from nested_attention.faces import Box, Framed, frame
+from nested_attention.images import ImageSource, read_image
 from nested_attention.prompts import placeholders
 from nested_attention.provenance import Provenance, SubjectNote
 from nested_attention.tracing import Trace
@@ -21,11 +23,13 @@ JOINING = {"in", "on", "at", "under", "by", "with", "wearing", "among", "near", 
 
 @dataclass(frozen=True)
 class Slot:
-    """One subject slot as the user filled it: kind, picture files, strength."""
+    """One subject slot as the user filled it: kind, picture files, strength, how to frame them (`faces.frame`)."""
 
     kind: str
     files: tuple[str, ...]
     strength: float = 1.0
+    framing: str = "whole"
+    crop: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Result:
 
 @dataclass
 class Session:
-    """What one visitor has here: encoded pictures, subjects by placeholder, the last result. Gone after an hour."""
+    """What one visitor has here: a model, encoded pictures, subjects by placeholder, the last result. Gone after an hour."""
 
+    pipe: NestedAttentionPipeline
     cache: SubjectCache = field(default_factory=lambda: SubjectCache(512 << 20))
     subjects: dict[str, Subject] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)  # picture hash -> file
@@ -57,12 +62,37 @@ def slot_names(kinds: Sequence[str]) -> list[str]:
 
 
 class Studio:
-    """The app's view of a pipeline. Safe to call from many threads; visitors share nothing but the weights."""
+    """The app's models and visitors. Safe to call from many threads; visitors share nothing but the weights.
+
+    `pipe` is what everybody starts with. One other model is kept beside it; the next one takes its place, and whoever
+    still works with the old one keeps it until the end of the session.
+    """
 
     def __init__(self, pipe: NestedAttentionPipeline):
         self.pipe = pipe
+        self._other: tuple[tuple[str, str | None], NestedAttentionPipeline] | None = None
         self._sessions: dict[str, Session] = {}
-        self._lock = Lock()
+        self._lock, self._loading = Lock(), Lock()
+
+    def choose_model(self, session: Session, base: str, adapter: str | None) -> NestedAttentionPipeline:
+        """Gives the session another model, loaded (and fetched) first if need be. Its subjects are forgotten.
+
+        Raises:
+            NestedAttentionError: the model or the adapter cannot be had.
+        """
+        with self._loading:
+            if (base, adapter) == (self.pipe.base.name, None):
+                chosen = self.pipe
+            elif self._other is not None and self._other[0] == (base, adapter):
+                chosen = self._other[1]
+            else:
+                self._other = None
+                chosen = NestedAttentionPipeline.from_pretrained(base, adapter, self.pipe.device)
+                self._other = (base, adapter), chosen
+        if chosen is not session.pipe:
+            session.pipe, session.result = chosen, None
+            session.subjects.clear()
+        return chosen
 
     def session(self, key: str) -> Session:
         """The session of one visitor; sessions that were not used for an hour are dropped."""
@@ -70,7 +100,7 @@ class Studio:
         with self._lock:
             for stale in [k for k, s in self._sessions.items() if now - s.used > SESSION_SECONDS]:
                 del self._sessions[stale]
-            session = self._sessions.setdefault(key, Session())
+            session = self._sessions.setdefault(key, Session(self.pipe))
             session.used = now
             return session
 
@@ -82,7 +112,13 @@ class Studio:
         self, session: Session, kind: str, files: Sequence[str], placeholder: str | None = None, strength: float = 1.0, **knobs: Any
     ) -> Subject:
         """Encodes pictures of one subject and remembers it under its placeholder."""
-        subject = self.pipe.encode(kind, list(files), placeholder, strength, cache=session.cache, **knobs)
+        return self._remember(session, kind, list(files), files, placeholder, strength, **knobs)
+
+    def _remember(
+        self, session: Session, kind: str, pictures: Sequence[ImageSource], files: Sequence[str], placeholder: str | None,
+        strength: float, **knobs: Any,
+    ) -> Subject:  # fmt: skip
+        subject = session.pipe.encode(kind, list(pictures), placeholder, strength, cache=session.cache, **knobs)
         session.subjects[subject.placeholder] = subject
         for image, file in zip(subject.images, files, strict=True):
             session.sources[session.cache.key(image.picture, "")[0]] = file
@@ -92,12 +128,17 @@ class Studio:
         """The subjects of all slots that hold a picture."""
         filled = [slot for slot in slots if slot.files]
         names = slot_names([slot.kind for slot in filled])
-        return [self.encode(session, slot.kind, slot.files, name, slot.strength, **knobs) for slot, name in zip(filled, names, strict=True)]
+        return [
+            self._remember(
+                session, slot.kind, [made.image for made in framed_pictures(slot)], slot.files, name, slot.strength, **knobs
+            )
+            for slot, name in zip(filled, names, strict=True)
+        ]  # fmt: skip
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
         """Progress after every step, then the result, which the session keeps."""
         maps = Trace()
-        stream = self.pipe.stream(prompt, subjects, maps=maps, **settings)
+        stream = session.pipe.stream(prompt, subjects, maps=maps, **settings)
         try:
             for event in stream:
                 if isinstance(event, Progress):
@@ -108,11 +149,12 @@ class Studio:
         finally:
             stream.close()
 
-    def without_subjects(self, result: Result) -> Image.Image:
-        """The first picture of `result` once more, its subjects as ordinary words."""
+    def without_subjects(self, session: Session) -> Image.Image:
+        """The first picture of the last result once more, its subjects as ordinary words."""
+        result = result_of(session)
         ordinary = [subject.but(strength=0.0) for subject in result.subjects]
         settings = result.generation.settings.as_dict() | {"num_images": 1}
-        return self.pipe(settings.pop("prompt"), ordinary, **settings).images[0]
+        return session.pipe(settings.pop("prompt"), ordinary, **settings).images[0]
 
     def _keep(self, session: Session, generation: Generation, subjects: tuple[Subject, ...], maps: Trace) -> Result:
         notes = tuple(
@@ -121,7 +163,7 @@ class Studio:
             )
             for s in subjects
         )
-        provenance = Provenance(self.pipe.base.name, generation.settings, notes)
+        provenance = Provenance(session.pipe.base.name, generation.settings, notes)
         files = []
         for k, image in enumerate(generation.images):
             path = Path(session.folder.name) / f"{time.time_ns()}-seed{generation.settings.seed + k}.png"
@@ -129,6 +171,15 @@ class Studio:
             replace(provenance, settings=single).save(image, path)
             files.append(str(path))
         return Result(generation, subjects, maps, tuple(files), provenance)
+
+
+def framed_pictures(slot: Slot) -> list[Framed]:
+    """The pictures of a slot as the adapter gets to see them, and what was done to each.
+
+    Raises:
+        NestedAttentionError: a picture or the crop cannot be used.
+    """
+    return [frame(read_image(file), slot.kind, slot.framing, slot.crop) for file in slot.files]
 
 
 def missing_placeholders(prompt: str, subjects: Sequence[Subject]) -> list[Subject]:

@@ -1,0 +1,101 @@
+"""One place to choose the base model and the adapter, with what each costs, before anything is fetched."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention.bases import BASES, find_base
+from nested_attention.estimate import Estimate, estimate
+from nested_attention.released import LICENCE, REPO
+from nested_attention.ui.studio import Studio
+
+OWN = "those that come with the base"
+
+
+@dataclass(frozen=True)
+class ModelPanel:
+    """The components of the panel."""
+
+    base: gr.Dropdown
+    adapter: gr.Dropdown
+    about: gr.Markdown
+    load: gr.Button
+    note: gr.Markdown
+
+
+def build_models(studio: Studio) -> ModelPanel:
+    pipe = studio.pipe
+    with gr.Accordion("Model", open=False, elem_id="models"):
+        with gr.Row():
+            base = gr.Dropdown(
+                list(BASES), value=pipe.base.name, allow_custom_value=True, label="Base model", min_width=150, elem_id="base",
+                info="A name, a diffusers folder, or a Hub repo id of the architecture of SDXL or SD 1.5.",
+            )  # fmt: skip
+            adapter = gr.Dropdown(
+                [OWN, REPO], value=OWN, allow_custom_value=True, label="Adapter", min_width=150, elem_id="adapter",
+                info="A folder, or the repo id of a pushed adapter.",
+            )  # fmt: skip
+        about = gr.Markdown(loaded_text(pipe), elem_id="about-model")
+        load = gr.Button("Use this model", size="sm", elem_id="load")
+        note = gr.Markdown(elem_classes="problem")
+    panel = ModelPanel(base, adapter, about, load, note)
+    choices = [base, adapter]
+    gr.on([base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], api_visibility="private")
+    return panel
+
+
+def adapter_of(choice: str | None) -> str | None:
+    return None if choice in (None, "", OWN) else choice
+
+
+def described(studio: Studio, name: str, adapter: str) -> tuple[str, str]:
+    """What the chosen model costs, in words; and the problem, if there is one."""
+    try:
+        preset = find_base(name)
+    except NestedAttentionError as error:
+        return "", f"⚠️ {error}"
+    cost = estimate(preset, studio.pipe.device)
+    comes = "" if preset.adapters or adapter_of(adapter) else " It brings no adapter: choose one, or prompts go without subjects."
+    released = f" The released adapter is {LICENCE}: not for commercial use." if adapter == REPO else ""
+    return f"**{preset.name}** · licence {preset.licence} · {cost_text(cost, studio.pipe)}.{comes}{released}", ""
+
+
+def cost_text(cost: Estimate, pipe: NestedAttentionPipeline) -> str:
+    there = "on this machine" if cost.fetched else f"**{cost.download:.1f} GB to download**"
+    return (
+        f"{there} · {cost.memory:.1f} GB of memory · on {pipe.device.type}, {cost.placement}, about {spoken_time(cost.seconds)} a picture"
+    )
+
+
+def spoken_time(seconds: float) -> str:
+    """`"3 s"`, `"4 min"`, `"2 h"`."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def loaded_text(pipe: NestedAttentionPipeline) -> str:
+    """What is in use: base, device, and the licence of every adapter."""
+    dtype = str(pipe.stock.unet.dtype).removeprefix("torch.")
+    adapters = ", ".join(f"{kind} ({adapter.config.licence})" for kind, adapter in pipe.adapters.items()) or "none"
+    return f"In use: **{pipe.base.name}** on {pipe.device.type} in {dtype}, licence {pipe.base.licence}. Adapters: {adapters}."
+
+
+def use_model(studio: Studio, changed: Callable[[NestedAttentionPipeline], list[Any]], count: int) -> Callable[..., Iterator[list]]:
+    """A handler that loads the chosen model and yields `about`, `note`, and then the `count` values of `changed(pipe)`."""
+
+    def load(name: str, adapter: str, request: gr.Request) -> Iterator[list]:
+        rest = [gr.skip()] * count
+        yield ["Loading; the first time it is downloaded …", "", *rest]
+        try:
+            pipe = studio.choose_model(studio.session(str(request.session_hash)), name, adapter_of(adapter))
+        except NestedAttentionError as error:
+            yield [gr.skip(), f"⚠️ {error}", *rest]
+            return
+        yield [loaded_text(pipe), "", *changed(pipe)]
+
+    return load
