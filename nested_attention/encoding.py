@@ -37,7 +37,7 @@ class ImageEncoders:
         source = config.image_encoder
         with self._lock:
             if source not in self._loaded:
-                path = self._folders[config.kind] / source
+                path = (self._folders[config.kind] / source).resolve()
                 if not path.is_dir() and not source.startswith("."):  # a repo on the Hub
                     path = fetch(source, config.image_revision, [f"{config.image_subfolder}/*"])
                 try:

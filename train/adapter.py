@@ -1,55 +1,115 @@
-"""An adapter for one kind: `python -m train.adapter --kind person --config train/configs/storybook.toml`.
+"""An adapter for one kind of subject, on Storybook's pictures or on photos:
 
-Reads the section `[adapter]` of the config. `--init` starts from another run's adapter: for a base that was trained
-further, or for a second stage at another resolution.
+    python -m train.adapter --kind person --config train/configs/storybook.toml
+    python -m train.adapter --kind person --config train/configs/sdxl.toml --base sdxl --data PREPARED_FOLDER
+
+`--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
+of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter.
+Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
 import argparse
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import CLIPVisionModelWithProjection
+from accelerate import PartialState
 
-from nested_attention import NestedAttentionPipeline
+from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights
 from nested_attention.encoder import ImageConfig, QFormerConfig
+from nested_attention.encoding import ImageEncoders
 from nested_attention.loading import load_base
-from train.loop import LoopConfig, fit
+from train.loop import LoopConfig, Share, fit
 from train.objective import Diffusion
-from train.personalizer import Personalizer, StorybookTask
+from train.personalizer import AdapterTask, Personalizer, StorybookTask
+from train.photos.sources import open_source
+from train.photos.task import PhotoTask
 from train.storybook.kinds import KINDS
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained: the command's arguments and the config's section `[adapter]`."""
+
+    kind: str
+    word: str
+    base: str
+    data: str | None
+    init: Path | None
+    cache: Path | None
+    out: Path
+    config: dict[str, Any]
+
+    def model(self) -> tuple[Personalizer, NestedAttentionPipeline]:
+        """Base, image encoder and a fresh adapter, or the one to start from."""
+        config, device = self.config, PartialState().device
+        dtype = getattr(torch, config.get("frozen", "float32"))
+        preset, stock = load_base(self.base, dtype)
+        if config.get("checkpointing"):
+            stock.unet.enable_gradient_checkpointing()
+        described = AdapterConfig(
+            self.kind, self.word, preset.name, config["image_encoder"], config.get("image_subfolder", ""),
+            value_norm=config["value_norm"], lam=config["lam"], framing=config.get("framing", "whole"), licence=config["licence"],
+            image=ImageConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in config["image"].items()}),
+        )  # fmt: skip
+        comes_along = (preset.adapters or Path()) / self.kind
+        encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
+        width = stock.unet.config.cross_attention_dim
+        sizes = QFormerConfig(**config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=width)
+        adapter = Adapter(replace(described, qformer=sizes), stock.unet)
+        if self.init is not None:
+            adapter.load_state_dict(read_weights(self.init / WEIGHTS))
+        return Personalizer(stock.to(device), adapter.float(), encoder), NestedAttentionPipeline(preset, stock, {}, {}, device)
+
+    def task(self, model: Personalizer, pipe: NestedAttentionPipeline, stage: dict[str, Any]) -> AdapterTask:
+        if self.data is None:
+            return StorybookTask(model, pipe, Diffusion(**self.config["diffusion"]))
+        return PhotoTask(model, pipe, open_source(self.data), stage["resolution"], self.cache)
+
+    def run(self) -> Path:
+        """Trains stage after stage; returns the folder of the finished adapter."""
+        if self.data is None and self.kind not in KINDS:
+            raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(KINDS)}; name photos with --data.")
+        torch.manual_seed(0)
+        model, pipe = self.model()
+        state = PartialState()
+        for number, stage in enumerate(stages := self.config["stages"], 1):
+            folder = self.out if number == len(stages) else self.out / f"stage-{number}"
+            task = self.task(model, pipe, stage)
+            if isinstance(task, PhotoTask) and self.cache is not None:
+                task.cache_features(Share(rank=state.process_index, processes=state.num_processes))
+                state.wait_for_everyone()
+            described = {"data": self.data or "Storybook", "stage": stage, "adapter": asdict(model.adapter.config)}
+            trained = fit(task, LoopConfig(**stage["loop"]), folder, described)
+            assert isinstance(trained, Personalizer)
+            model.adapter.load_state_dict(trained.adapter.state_dict())
+        if state.is_main_process:
+            model.adapter.save(self.out / "adapter")
+        return self.out / "adapter"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.adapter", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train.adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--kind", choices=KINDS, required=True)
-    parser.add_argument("--base", default="storybook")
+    parser.add_argument("--kind", required=True, help="what is personalized; also its placeholder <KIND>")
+    parser.add_argument("--word", help="the ordinary word in its place, if it is not KIND")
+    parser.add_argument("--base", default="storybook", help="a base model by name, folder or repo id")
+    parser.add_argument("--data", help="photos; Storybook's own pictures if not given")
     parser.add_argument("--init", type=Path, help="adapter folder to start from, such as runs/adapter-person/adapter")
+    parser.add_argument("--cache", type=Path, help="folder for the photos' text and image features, computed once")
     parser.add_argument("--out", type=Path, help="runs/adapter-KIND if not given")
     options = parser.parse_args()
-    out = options.out or Path(f"runs/adapter-{options.kind}")
     config = tomllib.loads(options.config.read_text())["adapter"]
-    torch.manual_seed(0)
-    preset, stock = load_base(options.base, torch.float32)
-    pipe = NestedAttentionPipeline(preset, stock, {}, {})
-    assert preset.adapters is not None
-    source = (preset.adapters / options.kind / config["image_encoder"]).resolve()
-    encoder = CLIPVisionModelWithProjection.from_pretrained(source, dtype=torch.float32)
-    sizes = QFormerConfig(**config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=stock.unet.config.cross_attention_dim)
-    described = AdapterConfig(
-        options.kind, options.kind, preset.name, config["image_encoder"], value_norm=config["value_norm"], lam=config["lam"],
-        qformer=sizes, image=ImageConfig(encoder.config.image_size),
-    )  # fmt: skip
-    adapter = Adapter(described, stock.unet)
-    if options.init:
-        adapter.load_state_dict(read_weights(options.init / WEIGHTS))
-    task = StorybookTask(Personalizer(stock, adapter, encoder), pipe, Diffusion(**config["diffusion"]))
-    trained = fit(task, LoopConfig(**config["loop"]), out, {**config, "adapter": asdict(described)})
-    assert isinstance(trained, Personalizer)
-    trained.adapter.save(out / "adapter")
+    out = options.out or Path(f"runs/adapter-{options.kind}")
+    word = options.word or options.kind
+    try:
+        folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
+    except NestedAttentionError as error:
+        raise SystemExit(str(error)) from error
+    print(f"the adapter is in {folder}")
 
 
 if __name__ == "__main__":

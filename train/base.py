@@ -20,7 +20,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -83,9 +82,8 @@ class TextToImage(nn.Module):
         })  # fmt: skip
 
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with sdpa_kernel(SDPBackend.MATH):
-            states = self.text_encoder(input_ids).last_hidden_state
-            clean = self.unet(noisy, timesteps, states).sample
+        states = self.text_encoder(input_ids).last_hidden_state
+        clean = self.unet(noisy, timesteps, states).sample
         return clean, [processor.seen for processor in self.watched]
 
 

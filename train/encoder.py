@@ -30,7 +30,8 @@ TEMPERATURE = 0.07
 
 def find_each_other(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """InfoNCE both ways between rows of `(B, C)`; also the share of rows that find their partner."""
-    logits = F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).T / TEMPERATURE
+    with torch.autocast(first.device.type, enabled=False):  # at this temperature 16 bits are too coarse
+        logits = F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).T / TEMPERATURE
     partner = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
     return loss, (logits.argmax(1) == partner).float().mean()

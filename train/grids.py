@@ -8,15 +8,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
-
-from nested_attention import NestedAttentionPipeline, Subject, SubjectCache
-from nested_attention.adapters import Adapter
-from nested_attention.encoding import encode_image
-from train.storybook.picture import render
-from train.storybook.sampling import sample_picture
-
-PERSONAL_PROMPTS = ("a drawing of {} in the snow", "{} on the beach", "a drawing of {} smiling on a blue background")
+from transformers import CLIPTextModel, CLIPTokenizer
 
 
 @torch.no_grad()
@@ -64,20 +56,3 @@ def sample_grid(
     stacked = torch.cat([torch.cat(list(row), 2) for row in pictures], 1)  # (3, rows * H, prompts * W)
     array = ((stacked.permute(1, 2, 0).float().cpu().numpy() + 1) * 127.5).clip(0, 255).astype(np.uint8)
     Image.fromarray(array).save(path)
-
-
-def personal_grid(
-    pipe: NestedAttentionPipeline, adapter: Adapter, encoder: CLIPVisionModelWithProjection, path: Path, rows: int = 4
-) -> None:
-    """One row an unseen identity: its reference, then what three prompts make of it."""
-    kind = adapter.config.kind
-    pages = []
-    for row in range(rows):
-        drawn = render(sample_picture("validation", row, (kind,)))
-        encoded = encode_image(Image.fromarray(drawn.image), adapter, encoder, SubjectCache())
-        subject = Subject(f"<{kind}>", kind, adapter.config.word, (encoded,), 1.0, adapter.config.lam, 1.0, adapter.config.value_norm)
-        cells = [drawn.image]
-        for prompt in PERSONAL_PROMPTS:
-            cells.append(np.asarray(pipe(prompt.format(f"<{kind}>"), [subject], seed=row).images[0]))
-        pages.append(np.concatenate(cells, 1))
-    Image.fromarray(np.concatenate(pages)).save(path)

@@ -10,8 +10,8 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from train.optim import build_optimizers
@@ -91,9 +92,9 @@ class Task(ABC):
             size = len(mine) // config.accumulation
             yield from (list(mine[k * size : (k + 1) * size]) for k in range(config.accumulation))
 
-    def held_out(self) -> Dataset | None:
-        """Samples with fixed noise that are never trained on, to compare states of a run by their loss."""
-        return None
+    def held_out(self) -> Iterable[Batch]:
+        """Batches with fixed noise that are never trained on, to compare states of a run by their loss."""
+        return ()
 
     def grid(self, model: nn.Module, path: Path) -> None:
         """Draws what the averaged `model` makes of fixed prompts and seeds, where there is something to draw."""
@@ -205,8 +206,9 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
         for part in range(config.accumulation):
             batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
             last = part == config.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(prepared):
-                loss, logs = task.loss(forward, batch)
+            with training_attention(accelerator.device), nullcontext() if last else accelerator.no_sync(prepared):
+                with accelerator.autocast():
+                    loss, logs = task.loss(forward, batch)
                 accelerator.backward(loss / config.accumulation)
             for key, value in {"loss": float(loss.detach()), **logs}.items():
                 sums[key] = sums.get(key, 0.0) + value / config.accumulation
@@ -229,7 +231,8 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             line |= {"hours": round(seconds / 3600, 3)}
             sums, tick = {}, now
         if config.held_out_every and step % config.held_out_every == 0:
-            line["held_out"] = held_out_loss(task, average, config)
+            with accelerator.autocast():
+                line["held_out"] = held_out_loss(task, average, accelerator.device)
         if accelerator.is_main_process:
             if line:
                 with open(folder / "log.jsonl", "a") as log:
@@ -237,7 +240,8 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
                 accelerator.log(line, step)
             if step % config.grid_every == 0 or step == config.steps:
                 (folder / "grids").mkdir(exist_ok=True)
-                task.grid(average, folder / "grids" / f"{step:06d}.png")
+                with accelerator.autocast():
+                    task.grid(average, folder / "grids" / f"{step:06d}.png")
             if time.monotonic() - saved > 60 * config.save_minutes or step == config.steps:
                 save()
                 saved = time.monotonic()
@@ -245,6 +249,11 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             raise FloatingPointError(f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint")
     accelerator.end_training()
     return average
+
+
+def training_attention(device: torch.device) -> AbstractContextManager:
+    """The kernels that train fastest: on a CPU the backward pass of flash attention is slow."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def current_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -273,9 +282,7 @@ class Order:
 
 
 @torch.no_grad()
-def held_out_loss(task: Task, model: nn.Module, config: LoopConfig) -> float:
+def held_out_loss(task: Task, model: nn.Module, device: torch.device) -> float:
     """The mean loss over `task.held_out()`, with the same noise every time."""
-    dataset = task.held_out()
-    assert dataset is not None, "held_out_every is set for a task that holds nothing out"
-    losses = [task.loss(model, batch)[0] for batch in DataLoader(dataset, config.batch_size // config.accumulation)]
+    losses = [task.loss(model, {key: value.to(device) for key, value in batch.items()})[0] for batch in task.held_out()]
     return round(float(torch.stack(losses).mean()), 5)

@@ -4,39 +4,46 @@ Only the Q-Former and the nested projections learn; U-Net, VAE, text encoders an
 adapter knows nothing of the others.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionModelWithProjection
 
-from nested_attention import NestedAttentionPipeline
+from nested_attention import NestedAttentionPipeline, Subject, SubjectCache
 from nested_attention.adapters import Adapter
 from nested_attention.attention import LayerSubject
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import image_features
-from train.grids import personal_grid
+from nested_attention.encoding import encode_image
+from nested_attention.images import padded_square
 from train.loop import Batch, Task
 from train.objective import Diffusion, objective_of, weighted_mean
 from train.storybook.personal import PersonalPictures
+from train.storybook.picture import render
+from train.storybook.sampling import sample_picture
+
+HELD_OUT = 192  # samples
 
 
-def text_states(stock: DiffusionPipeline, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the U-Net reads of prompts: states `(B, L, C)`, and for SDXL the pooled text `(B, P)`.
+def text_states(stock: DiffusionPipeline, input_ids: Tensor) -> dict[str, Tensor]:
+    """What the U-Net reads of prompts: `states (B, L, C)`, and for SDXL the pooled text, `pooled (B, P)`.
 
     `input_ids (B, encoders, L)`: one row for each of the base's tokenizers.
     """
     if not hasattr(stock, "text_encoder_2"):
-        return stock.text_encoder(input_ids[:, 0]).last_hidden_state, None
+        return {"states": stock.text_encoder(input_ids[:, 0]).last_hidden_state}
     first = stock.text_encoder(input_ids[:, 0], output_hidden_states=True)
     second = stock.text_encoder_2(input_ids[:, 1], output_hidden_states=True)
-    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+    return {"states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), "pooled": second.text_embeds}
 
 
 class Personalizer(nn.Module):
@@ -56,49 +63,74 @@ class Personalizer(nn.Module):
         vae = self.stock.vae
         return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
+    @torch.no_grad()
+    def conditions(self, batch: Batch) -> dict[str, Tensor]:
+        """Text states and image features, `(B, P, F)`, of a batch that brings token ids and references."""
+        reference = batch["reference"].to(self.image_encoder.dtype)
+        features = image_features(self.image_encoder, reference, self.adapter.config.image.layer)
+        return {"features": features, **text_states(self.stock, batch["input_ids"])}
+
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor, columns: Tensor, reference: Tensor, sizes: Tensor | None = None
-    ) -> Tensor:
+        self, noisy: Tensor, timesteps: Tensor, columns: Tensor, states: Tensor, features: Tensor,
+        pooled: Tensor | None = None, sizes: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The U-Net's prediction `(B, C, h, w)`.
 
-        `columns (B, L)`: where the subject's word stands; `reference`: the image encoder's input; `sizes (B, 6)`: for
-        SDXL the original size, the corner of the crop, and the size, each as height and width.
+        `columns (B, L)`: where the subject's word stands in `states (B, L, C)`; for SDXL `pooled (B, P)` and `sizes
+        (B, 6)`: the original size, the corner of the crop, and the size, each as height and width.
         """
         config, unet = self.adapter.config, self.stock.unet
-        with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-            with torch.no_grad():
-                features = image_features(self.image_encoder, reference.to(self.image_encoder.dtype), config.image.layer)
-                states, pooled = text_states(self.stock, input_ids)
-            one = torch.ones((), device=noisy.device)
-            layers = {
-                name: [LayerSubject(columns, key, value, one, config.lam * one, one, config.value_norm)]
-                for name, (key, value) in self.adapter.project(self.adapter.qformer(features.float())).items()
-            }
-            condition = NestedCondition(len(noisy), layers)
-            added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-            return unet(
-                noisy.to(unet.dtype),
-                timesteps,
-                states.to(unet.dtype),
-                added_cond_kwargs=added,
-                cross_attention_kwargs={"nested": condition},
-            ).sample
+        one = torch.ones((), device=noisy.device)
+        layers = {
+            name: [LayerSubject(columns, key, value, one, config.lam * one, one, config.value_norm)]
+            for name, (key, value) in self.adapter.project(self.adapter.qformer(features.float())).items()
+        }
+        condition = NestedCondition(len(noisy), layers)
+        added = None if pooled is None else {"text_embeds": pooled.to(unet.dtype), "time_ids": sizes}
+        return unet(
+            noisy.to(unet.dtype), timesteps, states.to(unet.dtype), added_cond_kwargs=added, cross_attention_kwargs={"nested": condition}
+        ).sample
 
 
 @dataclass
 class AdapterTask(Task):
-    """Training of one adapter; who gives the samples is left open."""
+    """Training of one adapter; who gives the samples is left open.
+
+    A sample holds `pixels`, `columns`, `level` and `noise`; `input_ids` and `reference`, or what `conditions` makes of
+    them; for SDXL `sizes`; and if it likes `weights` of the latents' elements.
+    """
 
     model: Personalizer
     pipe: NestedAttentionPipeline
+    prompts: ClassVar[tuple[str, ...]]  # of the sample grids, with {} for the subject
+
+    @abstractmethod
+    def references(self) -> list[Image.Image]:
+        """Pictures of subjects that are not trained on, for the sample grids."""
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         objective, level, noise = objective_of(self.pipe.stock.scheduler), batch["level"], batch["noise"]
         clean = self.model.latents(batch["pixels"])
-        noisy = objective.noisy(clean, noise, level)
-        predicted = model(noisy, objective.timesteps(level), batch["input_ids"], batch["columns"], batch["reference"], batch.get("sizes"))
+        known = batch if "features" in batch else self.model.conditions(batch)
+        conditions = {name: known[name] for name in ("states", "features", "pooled") if name in known}
+        predicted = model(
+            objective.noisy(clean, noise, level), objective.timesteps(level), batch["columns"], sizes=batch.get("sizes"), **conditions
+        )
         error = objective.error(predicted.float(), clean, noise, level)
-        return weighted_mean(error, batch.get("weights", torch.ones(1, device=error.device).expand_as(error))), {}
+        return weighted_mean(error, batch.get("weights", torch.ones_like(error))), {}
+
+    def grid(self, model: nn.Module, path: Path) -> None:
+        """One row a reference: itself, then what the prompts make of it."""
+        assert isinstance(model, Personalizer)
+        adapter, side = model.adapter, self.pipe.base.size
+        config = adapter.config
+        rows = []
+        for seed, reference in enumerate(self.references()):
+            encoded = encode_image(reference, adapter, model.image_encoder, SubjectCache())
+            subject = Subject(f"<{config.kind}>", config.kind, config.word, (encoded,), 1.0, config.lam, 1.0, config.value_norm)
+            made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
+            rows.append(np.concatenate([np.asarray(image) for image in (padded_square(reference, side), *made)], 1))
+        Image.fromarray(np.concatenate(rows)).save(path)
 
 
 @dataclass
@@ -106,6 +138,7 @@ class StorybookTask(AdapterTask):
     """Samples from the Storybook world."""
 
     diffusion: Diffusion
+    prompts = ("a drawing of {} in the snow", "{} on the beach", "a drawing of {} smiling on a blue background")
 
     def pictures(self, split: str, length: int) -> Dataset:
         stock = self.pipe.stock
@@ -114,9 +147,9 @@ class StorybookTask(AdapterTask):
     def dataset(self, length: int) -> Dataset:
         return self.pictures("train", length)
 
-    def held_out(self) -> Dataset:
-        return self.pictures("validation", 192)
+    def held_out(self) -> Iterable[Batch]:
+        return DataLoader(self.pictures("validation", HELD_OUT), 32)
 
-    def grid(self, model: nn.Module, path: Path) -> None:
-        assert isinstance(model, Personalizer)
-        personal_grid(self.pipe, model.adapter, model.image_encoder, path)
+    def references(self) -> list[Image.Image]:
+        kind = self.model.adapter.config.kind
+        return [Image.fromarray(render(sample_picture("validation", row, (kind,))).image) for row in range(4)]
