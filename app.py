@@ -5,6 +5,7 @@ import argparse
 import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
+from nested_attention.errors import spoken_at_exit
 from nested_attention.ui.app import CSS, build_app
 from nested_attention.ui.examples import FOLDER
 from nested_attention.ui.studio import Studio
@@ -13,11 +14,14 @@ from nested_attention.ui.studio import Studio
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="storybook", help="which base model to load")
+    parser.add_argument("--adapter", help="a folder or repo id; those that come with the base if not given")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is if not given")
     parser.add_argument("--port", type=int, help="7860 or the next free one if not given")
     parser.add_argument("--share", action="store_true", help="also make a public link")
     options = parser.parse_args()
-    page = build_app(Studio(NestedAttentionPipeline.from_pretrained(options.base, device=options.device)))
+    with spoken_at_exit():
+        pipe = NestedAttentionPipeline.from_pretrained(options.base, options.adapter, options.device)
+    page = build_app(Studio(pipe))
     page.queue(max_size=20, default_concurrency_limit=2)
     page.launch(
         theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=options.port, share=options.share, max_file_size="40mb",

@@ -3,6 +3,7 @@
 import argparse
 
 from nested_attention import bench, released
+from nested_attention.errors import spoken_at_exit
 
 COMMANDS = {"bench": bench, "import-released": released}
 
@@ -13,7 +14,8 @@ def main() -> None:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__, help=(module.__doc__ or "").splitlines()[0]))
     options = parser.parse_args()
-    COMMANDS[options.command].run(options)
+    with spoken_at_exit():
+        COMMANDS[options.command].run(options)
 
 
 if __name__ == "__main__":

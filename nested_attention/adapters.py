@@ -58,8 +58,8 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "AdapterConfig":
-        image = content["image"] | {name: tuple(content["image"][name]) for name in ("mean", "std")}
-        return cls(**content | {"qformer": QFormerConfig(**content["qformer"]), "image": ImageConfig(**image)})
+        sizes, image = QFormerConfig(**content["qformer"]), ImageConfig.from_dict(content["image"])
+        return cls(**content | {"qformer": sizes, "image": image})
 
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:

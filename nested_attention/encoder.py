@@ -7,6 +7,7 @@ beta     = the Q-Former's attention to patches (B, N, P'), rows sum to 1: where 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,11 @@ class ImageConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     layer: int = -1
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "ImageConfig":
+        """As JSON and TOML hold it, with lists for tuples."""
+        return cls(**content | {name: tuple(content[name]) for name in ("mean", "std") if name in content})
 
 
 CLIP_VIT_H = ImageConfig(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), -2)

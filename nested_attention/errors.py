@@ -1,5 +1,8 @@
 """What can go wrong for a user: every message names the thing, what was wrong with it, and what to do next."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class NestedAttentionError(ValueError):
     """A request or a file that cannot be used. Its text is fit to be shown to a person."""
@@ -12,3 +15,12 @@ def get_back(path: object) -> str:
 
 class Cancelled(Exception):
     """The person asked to stop; nothing was wrong."""
+
+
+@contextmanager
+def spoken_at_exit() -> Iterator[None]:
+    """For commands: what cannot be used ends them with its sentence on the terminal, without a traceback."""
+    try:
+        yield
+    except NestedAttentionError as error:
+        raise SystemExit(str(error)) from None

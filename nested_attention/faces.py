@@ -158,7 +158,11 @@ def insightface_faces(image: Image.Image) -> list[Face] | None:
     except NestedAttentionError:
         return None
     found = analysis.get(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
-    return [Face(tuple(map(float, face.bbox)), ffhq_quad(np.asarray(face.kps, np.float64)), "insightface") for face in found]
+    out = []
+    for face in found:
+        left, top, right, bottom = map(float, face.bbox)
+        out.append(Face((left, top, right, bottom), ffhq_quad(np.asarray(face.kps, np.float64)), "insightface"))
+    return out
 
 
 def ffhq_quad(points: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights
 from nested_attention.encoder import ImageConfig, QFormerConfig
 from nested_attention.encoding import ImageEncoders
+from nested_attention.errors import spoken_at_exit
 from nested_attention.loading import load_base
 from train.loop import LoopConfig, Share, fit
 from train.objective import Diffusion
@@ -53,7 +54,7 @@ class Job:
         described = AdapterConfig(
             self.kind, self.word, preset.name, config["image_encoder"], config.get("image_subfolder", ""),
             value_norm=config["value_norm"], lam=config["lam"], framing=config.get("framing", "whole"), licence=config["licence"],
-            image=ImageConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in config["image"].items()}),
+            image=ImageConfig.from_dict(config["image"]),
         )  # fmt: skip
         comes_along = (preset.adapters or Path()) / self.kind
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
@@ -105,10 +106,8 @@ def main() -> None:
     config = tomllib.loads(options.config.read_text())["adapter"]
     out = options.out or Path(f"runs/adapter-{options.kind}")
     word = options.word or options.kind
-    try:
+    with spoken_at_exit():
         folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
-    except NestedAttentionError as error:
-        raise SystemExit(str(error)) from error
     print(f"the adapter is in {folder}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from nested_attention.errors import NestedAttentionError
+from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.faces import FRAME, SEARCHES, Method, cropped, find_faces, framed
 from nested_attention.images import padded_square, read_image
 from nested_attention.prompts import PLACEHOLDER, placeholders
@@ -177,7 +177,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     out = options.out or folder.with_name(folder.name + "-prepared")
-    report = prepare(folder, options.kind, out, options.may_download)
+    with spoken_at_exit():
+        report = prepare(folder, options.kind, out, options.may_download)
     print(f"wrote {out}: {report.summary()}; see {out / 'report.md'}")
 
 

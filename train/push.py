@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from nested_attention.adapters import CONFIG, WEIGHTS, AdapterConfig, read_config, read_weights
 from nested_attention.bases import Base, find_base
-from nested_attention.errors import NestedAttentionError
+from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.hub import record_file, spoken_errors
 
 CARD, IMAGE_ENCODER = "README.md", "image_encoder"
@@ -227,10 +227,8 @@ def main() -> None:
     parser.add_argument("--image-encoder", type=Path, help="its folder, if it is not where the adapter's config says")
     parser.add_argument("--out", type=Path, help="folder to write, RUN/push if not given")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and upload nothing")
-    try:
+    with spoken_at_exit():
         push(parser.parse_args())
-    except NestedAttentionError as error:
-        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
