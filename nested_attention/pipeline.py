@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from nested_attention.adapters import Adapter
+from nested_attention.adapters import Adapter, cross_attention_layers
 from nested_attention.attention import NestedAttnProcessor
 from nested_attention.bases import Base
 from nested_attention.condition import NestedCondition
@@ -214,7 +214,8 @@ class NestedAttentionPipeline:
         recorder = None
         if maps is not None:
             scale = self.stock.vae_scale_factor
-            recorder = maps.begin((settings.height // scale, settings.width // scale), settings.steps, subjects, columns)
+            grid = settings.height // scale, settings.width // scale
+            recorder = maps.begin(grid, settings.steps, len(cross_attention_layers(self.stock.unet)), subjects, columns)
         return NestedCondition(settings.num_images, layers, recorder, LADDER[self.rung].slice)
 
     def _step_down(self, condition: NestedCondition) -> NestedCondition:

@@ -6,7 +6,8 @@ Everything shown is a probability, a running mean over heads, layers and steps, 
     nested alpha(q, n)   which of the subject's tokens n answers at q
     lens   rho(q, p)     = sum_n alpha(q, n) beta(n, p): which patch p of the reference answers at q
 
-Means are kept per resolution and third of the steps. Storing every map of one SDXL picture would take 101 GB. A map is
+Means are kept per resolution and third of the steps; storing every map of one SDXL picture would take 101 GB. Of a U-Net
+with many layers every step looks into some of them, the next step into the next ones, so that watching stays cheap. A map is
 a claim about routing, not about cause: to check it, mute the tokens (`Subject.muted`) and generate again.
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nested_attention.subjects import Subject
 
 THIRDS = (0, 1, 2)
+WATCHED = 14  # cross-attention layers that are looked into at a step
 Grid = tuple[int, int]
 Key = tuple[Grid, int]  # resolution of the feature map, third of the steps
 
@@ -53,15 +55,19 @@ def combined(means: Sequence[Mean]) -> Tensor:
 class Recorder:
     """Collects the maps of one request.
 
-    `grid`: height and width of the latent; `steps`: their number; `step`: set by the pipeline as it goes.
+    `grid`: height and width of the latent; `steps`: their number; `layers`: the number of cross-attention layers, of
+    which about `WATCHED` are looked into at a step; `step`: set by the pipeline as it goes.
     """
 
     grid: Grid
     steps: int
+    layers: int
     step: int = 0
+    names: dict[str, int] = field(default_factory=dict)  # layer -> its number, in the order of the first step
+    valued: dict[Grid, str] = field(default_factory=dict)  # resolution -> the one layer whose values are kept
     outer: dict[Key, Mean] = field(default_factory=dict)
     nested: dict[tuple[Key, int], Mean] = field(default_factory=dict)
-    values: dict[tuple[Key, int], tuple[str, Mean, Mean]] = field(default_factory=dict)
+    values: dict[tuple[Key, int], tuple[Mean, Mean]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Starts over: the request runs again from its first step."""
@@ -78,13 +84,21 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, layer: str, query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> None:
-        where = self.resolution(query.shape[2]), min(2, 3 * self.step // self.steps)
-        self.outer.setdefault(where, Mean()).add(outer_probabilities(query, key, subjects).mean(1))
+        number = self.names.setdefault(layer, len(self.names))
+        watched = (number + self.step) % -(-self.layers // WATCHED) == 0
+        grid = self.resolution(query.shape[2])
+        valued = self.valued.setdefault(grid, layer) == layer  # values of different layers live in different spaces
+        if not watched and not valued:
+            return
+        where = grid, min(2, 3 * self.step // self.steps)
+        if watched:
+            self.outer.setdefault(where, Mean()).add(outer_probabilities(query, key, subjects).mean(1))
         for which, subject in enumerate(subjects):
             nested = nested_probabilities(query, subject)
-            self.nested.setdefault((where, which), Mean()).add(nested.mean(1))
-            name, query_values, words = self.values.setdefault((where, which), (layer, Mean(), Mean()))
-            if name == layer:  # values of different layers live in different spaces: the first of each resolution
+            if watched:
+                self.nested.setdefault((where, which), Mean()).add(nested.mean(1))
+            if valued:
+                query_values, words = self.values.setdefault((where, which), (Mean(), Mean()))
                 query_values.add(subject.scaled(nested @ subject.value, value).transpose(1, 2).flatten(2))
                 share = subject.columns / subject.columns.sum(1, keepdim=True)
                 words.add((share.to(value.dtype)[:, None, None] @ value).transpose(1, 2).flatten(2))
@@ -128,10 +142,10 @@ class SubjectMaps:
         return self.nested(resolution, third) @ self.subject.reading().to(self.recorder_device())
 
     def values(self, resolution: Grid, third: int | None = None) -> tuple[Tensor, Tensor]:
-        """V_q[s] of the first layer with this resolution, `(images, H, W, C)`, and the plain word's V[s], `(C,)`."""
+        """V_q[s] of one layer with this resolution, `(images, H, W, C)`, and the plain word's V[s], `(C,)`."""
         height, width = resolution
         found = [
-            content[1:] for ((grid, part), which), content in self.recorder.values.items()
+            content for ((grid, part), which), content in self.recorder.values.items()
             if which == self.index and grid == resolution and third in (None, part)
         ]  # fmt: skip
         query_values = combined([pair[0] for pair in found])
@@ -160,9 +174,9 @@ class Trace:
         self.recorder: Recorder | None = None
         self._subjects: dict[str, tuple[int, Subject, tuple[int, ...]]] = {}
 
-    def begin(self, grid: Grid, steps: int, subjects: "Sequence[Subject]", columns: Sequence[tuple[int, ...]]) -> Recorder:
+    def begin(self, grid: Grid, steps: int, layers: int, subjects: "Sequence[Subject]", columns: Sequence[tuple[int, ...]]) -> Recorder:
         """Called by the pipeline when a generation starts."""
-        self.recorder = Recorder(grid, steps)
+        self.recorder = Recorder(grid, steps, layers)
         self._subjects = {s.placeholder: (k, s, c) for k, (s, c) in enumerate(zip(subjects, columns, strict=True))}
         return self.recorder
 

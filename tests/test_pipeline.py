@@ -162,6 +162,22 @@ def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPi
         maps.subject("<dog>")
 
 
+def test_of_many_layers_each_step_watches_some(pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the steps every layer has its turn; what is kept still sums to one, in every part of the schedule."""
+    monkeypatch.setattr("nested_attention.tracing.WATCHED", 2)
+    with trace(pipe) as maps:
+        pipe(PROMPT, both(pipe), seed=1, steps=6)
+    assert maps.recorder is not None and maps.recorder.layers > 2
+    everyone = {"all": None, "beginning": 0, "middle": 1, "end": 2}
+    for third in everyone.values():
+        for grid in maps.resolutions:
+            words = maps.subject("<cat>").words(grid, third)
+            torch.testing.assert_close(words.sum(-1), torch.ones(words.shape[:-1]), atol=1e-4, rtol=0)
+            assert maps.subject("<cat>").values(grid, third)[0].shape[1:3] == grid
+    seen = sum(mean.count for mean in maps.recorder.outer.values())
+    assert seen < 6 * maps.recorder.layers
+
+
 def test_stream_reports_every_step_and_ends_with_the_result(pipe: NestedAttentionPipeline) -> None:
     events = list(pipe.stream(PROMPT, both(pipe), seed=3, steps=3))
     assert [event.step for event in events[:-1] if isinstance(event, Progress)] == [1, 2, 3]

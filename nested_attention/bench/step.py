@@ -82,7 +82,7 @@ class Bench:
                 key, value = torch.randn(shape, **self.like), torch.randn(shape, **self.like)
                 layers.setdefault(name, []).append(LayerSubject(columns, key, value, one, one, one, "full"))
         side = self.unet.config.sample_size
-        return NestedCondition(1, layers, Recorder((side, side), 1) if traced else None)
+        return NestedCondition(1, layers, Recorder((side, side), 1, len(self.layers)) if traced else None)
 
     def with_processors(self, make: Callable[[object], object]) -> Callable[[], None]:
         """A step with another processor in every cross-attention layer; ours come back afterwards."""
