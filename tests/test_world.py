@@ -107,7 +107,7 @@ def test_items_are_reproducible_and_weighted() -> None:
     pictures = Pictures("train", tiny.tokenizer(), 100, Diffusion())
     first, again = pictures[7], pictures[7]
     assert all((first[key] == again[key]).all() for key in first)
-    assert abs(float(first["weights"].mean()) - 1) < 1e-5 and 0 < first["sigma"] < 1
+    assert abs(float(first["weights"].mean()) - 1) < 1e-5 and 0 < first["level"] < 1
     assert abs(float(first["noise"].std()) - 1) < 0.05
 
 
