@@ -93,7 +93,7 @@ def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr
 def framing_for(pipe: NestedAttentionPipeline, kind: str) -> gr.Dropdown:
     """The framing that the kind's adapter was trained with; no choice where that is the whole picture."""
     framing = pipe.adapters[kind].config.framing if kind in pipe.adapters else "whole"
-    return gr.Dropdown(value=framing, visible=framing != "whole")
+    return gr.Dropdown(list(FRAMINGS.items()), value=framing, visible=framing != "whole", label="Use of the picture")
 
 
 def build_slot(pipe: NestedAttentionPipeline, number: int) -> SlotPanel:
@@ -109,10 +109,7 @@ def build_slot(pipe: NestedAttentionPipeline, number: int) -> SlotPanel:
             label="Its pictures: upload or paste one or several", type="filepath", columns=4, height=170, fit_columns=False,
             interactive=True, sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
         )  # fmt: skip
-        start = framing_for(pipe, chosen or "")
-        framing = gr.Dropdown(
-            list(FRAMINGS.items()), value=start.value, visible=start.visible, label="Use of the picture", elem_id=f"framing-{number}"
-        )
+        framing = framing_for(pipe, chosen or "")
         with gr.Row(visible=False) as crop:
             sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
         preview = gr.Gallery(
