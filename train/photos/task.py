@@ -85,13 +85,18 @@ class PhotoTask(AdapterTask):
     def photos(self, part: Part) -> PhotoDataset:
         return PhotoDataset(part, self.resolution, self.model.adapter.config.image)
 
+    @cached_property
+    def trained(self) -> PhotoDataset:
+        """What is trained on; the sizes of all photos are read once."""
+        return self.photos(self.parts[0])
+
     def dataset(self, length: int) -> Dataset:
-        return PersonalPhotos(self.photos(self.parts[0]), self.pipe.stock, self.model.adapter.config, self.cache)
+        return PersonalPhotos(self.trained, self.pipe.stock, self.model.adapter.config, self.cache)
 
     def batches(self, config: LoopConfig, share: Share) -> Iterator[list[int]]:
         size = config.batch_size // config.accumulation
         first = share.step * config.accumulation
-        return iter(BucketBatches(self.photos(self.parts[0]), size, share.rank, share.processes, first))
+        return iter(BucketBatches(self.trained, size, share.rank, share.processes, first))
 
     def held_out(self) -> Iterable[Batch]:
         held = PersonalPhotos(self.photos(self.parts[1]), self.pipe.stock, self.model.adapter.config, None)
@@ -106,7 +111,7 @@ class PhotoTask(AdapterTask):
         """Writes text states and image features of this process's photos to `cache`; those that are there are kept."""
         assert self.cache is not None
         self.cache.mkdir(parents=True, exist_ok=True)
-        photos = self.photos(self.parts[0])
+        photos = self.trained
         samples = PersonalPhotos(photos, self.pipe.stock, self.model.adapter.config, None)
         for index in range(share.rank, len(photos), share.processes):
             path = self.cache / f"{photos.order[index]}.safetensors"
