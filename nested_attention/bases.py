@@ -109,7 +109,7 @@ ARCHITECTURES = {"StableDiffusionPipeline": BASES["sd15"], "StableDiffusionXLPip
 
 
 def find_base(name: str) -> Base:
-    """The preset called `name`, or one for a diffusers folder or Hub repo id `user/name` of a known architecture.
+    """The preset called `name`, or one for a diffusers folder or Hub repo id `user/name[@revision]` of a known architecture.
 
     A repo's architecture is only known once it is fetched; until then it counts as SDXL.
 
@@ -121,8 +121,9 @@ def find_base(name: str) -> Base:
     index = Path(name) / "model_index.json"
     if index.is_file():
         return replace(of_architecture(name, index), name=name, source=str(Path(name).resolve()), revision=None, variant=None)
-    if name.count("/") == 1 and not Path(name).exists():
-        return replace(BASES["sdxl"], name=name, source=name, revision=None, variant=None, licence="see its page on the Hub")
+    repo, _, revision = name.partition("@")
+    if repo.count("/") == 1 and not Path(name).exists():
+        return replace(BASES["sdxl"], name=name, source=repo, revision=revision or None, variant=None, licence="see its page on the Hub")
     raise NestedAttentionError(
         f"there is no base model called {name!r}; known are {', '.join(BASES)}, or give a diffusers folder or a Hub repo id."
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModelWithProjection
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,13 @@ class ImageConfig:
 CLIP_VIT_H = ImageConfig(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), -2)
 
 
-@torch.no_grad()
-def image_features(encoder: CLIPVisionModelWithProjection, pixels: Tensor, layer: int) -> Tensor:
-    """Features of every patch and the class token (first), `(B, 1 + P, feature_dim)`."""
-    return encoder(pixels, output_hidden_states=True).hidden_states[layer]
+def image_features(encoder: PreTrainedModel, pixels: Tensor, layer: int) -> Tensor:
+    """Features of every patch, behind the class token where a transformer has one: `(B, P, feature_dim)`."""
+    states = encoder(pixels, output_hidden_states=True).hidden_states[layer]
+    return states.flatten(2).mT if states.ndim == 4 else states  # a convolutional network gives (B, feature_dim, h, w)
+
+
+def feature_dim(encoder: PreTrainedModel) -> int:
+    """The width of `image_features`."""
+    sizes = getattr(encoder.config, "hidden_sizes", None)
+    return sizes[-1] if sizes else encoder.config.hidden_size

@@ -1,6 +1,7 @@
 """Encoding one picture: square, features, tokens, and the nested keys and values of every layer, once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from threading import Lock
 
@@ -8,14 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.encoder import ImageConfig, image_features
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.hub import fetch
 from nested_attention.images import padded_square
-from nested_attention.subjects import EncodedImage, SubjectCache
+from nested_attention.subjects import EncodedImage, Subject, SubjectCache
 
 
 def image_pixels(picture: Image.Image, config: ImageConfig) -> Tensor:
@@ -30,10 +31,10 @@ class ImageEncoders:
 
     def __init__(self, folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype):
         self._folders, self._device, self._dtype = folders, device, dtype
-        self._loaded: dict[str, CLIPVisionModelWithProjection] = {}
+        self._loaded: dict[str, PreTrainedModel] = {}
         self._lock = Lock()
 
-    def get(self, config: AdapterConfig) -> CLIPVisionModelWithProjection:
+    def get(self, config: AdapterConfig) -> PreTrainedModel:
         source = config.image_encoder
         with self._lock:
             if source not in self._loaded:
@@ -41,15 +42,22 @@ class ImageEncoders:
                 if not path.is_dir() and not source.startswith("."):  # a repo on the Hub
                     path = fetch(source, config.image_revision, [f"{config.image_subfolder}/*"])
                 try:
-                    encoder = CLIPVisionModelWithProjection.from_pretrained(path / config.image_subfolder)
+                    encoder = load_image_encoder(path / config.image_subfolder)
                 except (OSError, ValueError, RuntimeError) as error:
                     raise NestedAttentionError(f"the image encoder {path} cannot be loaded ({error}); {get_back(path)}.") from error
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
 
 
+def load_image_encoder(folder: Path) -> PreTrainedModel:
+    """Any image model of transformers that gives hidden states; of a CLIP that reads text too, the half that sees."""
+    if AutoConfig.from_pretrained(folder).model_type.startswith("clip"):
+        return CLIPVisionModelWithProjection.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder)
+
+
 @torch.no_grad()
-def encode_image(picture: Image.Image, adapter: Adapter, encoder: CLIPVisionModelWithProjection, cache: SubjectCache) -> EncodedImage:
+def encode_image(picture: Image.Image, adapter: Adapter, encoder: PreTrainedModel, cache: SubjectCache) -> EncodedImage:
     """What the U-Net's layers need to know of `picture`; from the cache if the same pixels were encoded before."""
     image = adapter.config.image
     square = padded_square(picture, image.size)
@@ -59,7 +67,19 @@ def encode_image(picture: Image.Image, adapter: Adapter, encoder: CLIPVisionMode
     pixels = image_pixels(square, image).to(encoder.device, encoder.dtype)
     features = image_features(encoder, pixels, image.layer)
     tokens = adapter.qformer(features)
-    reading = adapter.qformer.reading(features)[0, :, 1:]  # without the class token, which is no place
+    places = isqrt(features.shape[1]) ** 2
+    reading = adapter.qformer.reading(features)[0, :, -places:]  # without a class token, which is no place
     encoded = EncodedImage(square, reading / reading.sum(-1, keepdim=True), adapter.project(tokens))
     cache.put(key, encoded)
     return encoded
+
+
+def encode_subject(
+    placeholder: str, pictures: Sequence[Image.Image], adapter: Adapter, encoder: PreTrainedModel, cache: SubjectCache,
+    strength: float = 1.0, lam: float | None = None, token_weight: float = 1.0,
+) -> Subject:  # fmt: skip
+    """Pictures of one subject -> what stands for `placeholder`; the knobs are those of `Subject`."""
+    config = adapter.config
+    encoded = tuple(encode_image(picture, adapter, encoder, cache) for picture in pictures)
+    lam = config.lam if lam is None else lam
+    return Subject(placeholder, config.kind, config.word, encoded, strength, lam, token_weight, config.value_norm)

@@ -105,12 +105,13 @@ def make_quick(stock: DiffusionPipeline, few: FewSteps) -> None:
 
 
 def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
-    """The folder of an adapter: a folder, the released weights, or a Hub repo that `train.push` made."""
+    """The folder of an adapter: a folder, the released weights, or a Hub repo `user/name[@revision]` that `train.push` made."""
     if str(adapter) == released.REPO:
         return released.import_released(unet, Path(constants.HF_HOME) / "nested_attention/released")
-    if Path(adapter).exists() or str(adapter).count("/") != 1:
+    repo, _, revision = str(adapter).partition("@")
+    if Path(adapter).exists() or repo.count("/") != 1:
         return Path(adapter)
-    return fetch(str(adapter), None, [CONFIG, WEIGHTS, "image_encoder/*"])
+    return fetch(repo, revision or None, [CONFIG, WEIGHTS, "image_encoder/*"])
 
 
 def load_adapters(

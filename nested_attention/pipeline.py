@@ -19,7 +19,7 @@ from nested_attention.adapters import Adapter, cross_attention_layers
 from nested_attention.attention import NestedAttnProcessor
 from nested_attention.bases import Base
 from nested_attention.condition import NestedCondition
-from nested_attention.encoding import ImageEncoders, encode_image
+from nested_attention.encoding import ImageEncoders, encode_subject
 from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
@@ -67,8 +67,10 @@ class NestedAttentionPipeline:
         cls, base: str = "storybook", adapter: str | Path | None = None,
         device: str | torch.device | None = None, dtype: torch.dtype | None = None,
     ) -> "NestedAttentionPipeline":  # fmt: skip
-        """Loads a base model by name, with the adapters that come along or the one in the folder `adapter`.
+        """Loads a base model by name, with the adapters that come along or the one that `adapter` names.
 
+        `base`: a preset, a diffusers folder or a Hub repo id. `adapter`: a folder or a Hub repo id. Behind a repo id may
+        stand `@` and a revision; without one its newest commit at the first download is recorded and used from then on.
         `device`: CUDA where there is one, then MPS, then CPU. `dtype`: float16 on a GPU; on a CPU bfloat16 where it
         computes in it, else float32. Where GPU memory is short, parts of the base wait outside; a line says which.
 
@@ -116,12 +118,8 @@ class NestedAttentionPipeline:
         if not sources:
             raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
         pictures = [read_image(source) for source in sources]
-        encoder = self.image_encoders.get(adapter.config)
-        encoded = tuple(encode_image(picture, adapter, encoder, self.cache if cache is None else cache) for picture in pictures)
-        return Subject(
-            placeholder, kind, adapter.config.word, encoded, strength, adapter.config.lam if lam is None else lam,
-            token_weight, adapter.config.value_norm,
-        )  # fmt: skip
+        encoder, known = self.image_encoders.get(adapter.config), self.cache if cache is None else cache
+        return encode_subject(placeholder, pictures, adapter, encoder, known, strength, lam, token_weight)
 
     def __call__(
         self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None,

@@ -75,6 +75,12 @@ def test_a_recorded_commit_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch,
     assert commit_of("a/b") == "123"
 
 
+def test_a_revision_may_stand_behind_a_repo() -> None:
+    base = find_base("user/name@refs/pr/1")
+    assert (base.source, base.revision) == ("user/name", "refs/pr/1")
+    assert find_base("user/name").revision is None
+
+
 def test_the_base_carries_a_true_copy_of_the_patch_autoencoder() -> None:
     """Diffusers alone loads the folder by its own file; `train.export` writes it from ours."""
     ours = Path(patches.__file__).read_text()

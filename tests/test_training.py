@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BitConfig, BitModel
 
-from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention import NestedAttentionError, NestedAttentionPipeline, SubjectCache
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, AdapterConfig, list_adapters
 from nested_attention.bases import BASES
-from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
+from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, feature_dim, image_features
+from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
 from train.base import Routing, TextToImage, routing_loss
 from train.loop import LoopConfig, fit
@@ -108,6 +110,19 @@ def test_where_tokens_were_read_from_is_a_probability() -> None:
     reading = qformer.reading(features)
     assert reading.shape == (2, 5, 17)
     torch.testing.assert_close(reading.sum(-1), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_any_image_model_gives_features_that_have_places(convolutional: bool, tmp_path: Path) -> None:
+    sizes = BitConfig(embedding_size=8, hidden_sizes=[16, 32, tiny.WIDTH], depths=[1, 1, 1], num_groups=4, output_stride=8)
+    (BitModel(sizes) if convolutional else tiny.vision()).save_pretrained(tmp_path)
+    encoder = load_image_encoder(tmp_path).eval()
+    features = image_features(encoder, torch.randn(1, 3, 32, 32), -1)
+    assert features.shape == (1, 16 if convolutional else 17, feature_dim(encoder))
+    adapter = tiny.adapter(tiny.stock("sd").unet, "cat")
+    reading = encode_image(tiny.photo(0), adapter, encoder, SubjectCache()).reading
+    assert reading.shape == (6, 16)
+    torch.testing.assert_close(reading.sum(-1), torch.ones(6))
 
 
 def test_nested_projections_start_from_the_layer() -> None:

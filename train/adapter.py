@@ -4,7 +4,8 @@
     python -m train.adapter --kind person --config train/configs/sdxl.toml --base sdxl --data PREPARED_FOLDER
 
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
-of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter.
+of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter, the
+config's `reader` from a Q-Former that learned with the image encoder.
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
@@ -19,7 +20,7 @@ from accelerate import PartialState
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights
-from nested_attention.encoder import ImageConfig, QFormerConfig
+from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
 from nested_attention.encoding import ImageEncoders
 from nested_attention.errors import spoken_at_exit
 from nested_attention.loading import load_base
@@ -59,10 +60,12 @@ class Job:
         comes_along = (preset.adapters or Path()) / self.kind
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
         width = stock.unet.config.cross_attention_dim
-        sizes = QFormerConfig(**config["qformer"], feature_dim=encoder.config.hidden_size, output_dim=width)
+        sizes = QFormerConfig(**config["qformer"], feature_dim=feature_dim(encoder), output_dim=width)
         adapter = Adapter(replace(described, qformer=sizes), stock.unet)
         if self.init is not None:
             adapter.load_state_dict(read_weights(self.init / WEIGHTS))
+        elif "reader" in config:
+            adapter.qformer.load_state_dict(read_weights(Path(config["reader"])))
         return Personalizer(stock.to(device), adapter.float(), encoder), NestedAttentionPipeline(preset, stock, {}, {}, device)
 
     def task(self, model: Personalizer, pipe: NestedAttentionPipeline, stage: dict[str, Any]) -> AdapterTask:

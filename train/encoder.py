@@ -1,8 +1,9 @@
 """The frozen image encoder: `python -m train.encoder --config train/configs/storybook.toml`.
 
-It learns from pairs of pictures of one identity: their embeddings should find each other in a batch (InfoNCE), the
-class token should answer every question about the picture, and every patch should know which part it shows, so that
-its features stay local. Then it is frozen; adapters read its last hidden layer.
+It learns from pairs of pictures of one identity, read by a Q-Former of the adapters' size: what that reads of the two
+should find each other in a batch (InfoNCE) and say what stays of a subject (kind, hair, fur pattern, ...), and every
+patch should know which part it shows, so that its features stay local. Then it is frozen; adapters read its last hidden
+layer, and their Q-Formers start from this one.
 """
 
 import argparse
@@ -13,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import BitConfig, BitModel
 
+from nested_attention.encoder import QFormer, QFormerConfig, image_features
 from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.kinds import KINDS
 from train.storybook.labels import questions
 from train.storybook.pairs import Pairs
 from train.storybook.picture import SLOT
-from train.storybook.scenes import CANVAS
 
 TEMPERATURE = 0.07
 
@@ -48,22 +50,29 @@ def answer_loss(logits: list[Tensor], answers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).mean(), torch.stack(right).mean()
 
 
-class EncoderLesson(nn.Module):
-    """The image encoder with the heads that teach it."""
+def lasting() -> list[int]:
+    """Which of `questions()` ask for what stays of a subject: its kind and the identity fields of every kind."""
+    names = {"kind", *(f"{name} {field}" for name, kind in KINDS.items() for field in kind.identity)}
+    return [k for k, name in enumerate(questions()) if name in names]
 
-    def __init__(self, encoder: CLIPVisionModelWithProjection):
+
+class EncoderLesson(nn.Module):
+    """The image encoder with its reader and the heads that teach both."""
+
+    def __init__(self, encoder: BitModel, reader: QFormer, projected: int = 192):
         super().__init__()
-        self.encoder = encoder
-        width, projected = encoder.config.hidden_size, encoder.config.projection_dim
-        self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in questions().values())
-        self.identity = nn.Linear(width, projected)
-        self.parts = nn.Linear(width, len(KINDS) * SLOT)
+        self.encoder, self.reader = encoder, reader
+        sizes = [len(values) for values in questions().values()]
+        tokens = reader.config.num_tokens * reader.config.output_dim
+        self.heads = nn.ModuleList(nn.Linear(tokens, sizes[k]) for k in lasting())
+        self.identity = nn.Linear(tokens, projected)
+        self.parts = nn.Sequential(nn.LayerNorm(reader.config.feature_dim), nn.Linear(reader.config.feature_dim, len(KINDS) * SLOT))
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Identity embedding `(B, C)`, logits per question, part logits `(B, P, kinds * SLOT)`."""
-        states = self.encoder.vision_model(images).last_hidden_state
-        whole = self.encoder.vision_model.post_layernorm(states[:, 0])
-        return self.encoder.visual_projection(whole), [head(whole) for head in self.heads], self.parts(states[:, 1:])
+        """Identity embedding `(B, C)`, logits per lasting question, part logits `(B, P, kinds * SLOT)`."""
+        features = image_features(self.encoder, images, -1)
+        tokens = self.reader(features).flatten(1)
+        return self.identity(tokens), [head(tokens) for head in self.heads], self.parts(features)
 
 
 @dataclass
@@ -76,13 +85,13 @@ class EncoderTask(Task):
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         images = batch["images"].transpose(0, 1).flatten(0, 1)  # all first, then all second
         answers = batch["answers"].transpose(0, 1).flatten(0, 1)
-        embeddings, logits, parts = model(images)
+        embeddings, logits, parts = model(images.contiguous(memory_format=torch.channels_last))
         first, second = embeddings.chunk(2)
-        kind = list(questions()).index("kind")
-        seen = answers[: len(first), kind] >= 0
+        kind = answers[:, list(questions()).index("kind")]
+        seen = kind[: len(first)] >= 0
         identity, found = find_each_other(first[seen], second[seen])
-        answering, right = answer_loss(logits, answers)
-        local = self.part_loss(parts.chunk(2)[1], batch["parts"], answers[len(first) :, kind])
+        answering, right = answer_loss(logits, answers[:, lasting()])
+        local = self.part_loss(parts.chunk(2)[1], batch["parts"], kind[len(first) :])
         logs = {"identity": float(identity), "found": float(found), "right": float(right), "local": float(local)}
         return 0.5 * identity + answering + local, logs
 
@@ -100,12 +109,17 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"))
     options = parser.parse_args()
-    config = tomllib.loads(options.config.read_text())["encoder"]
+    whole = tomllib.loads(options.config.read_text())
+    config = whole["encoder"]
     torch.manual_seed(0)
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=CANVAS, **config["model"]))
-    trained = fit(EncoderTask(EncoderLesson(encoder)), LoopConfig(**config["loop"]), options.out, config)
+    encoder = BitModel(BitConfig(**config["model"]))
+    sizes = QFormerConfig(
+        **whole["adapter"]["qformer"], feature_dim=encoder.config.hidden_sizes[-1], output_dim=whole["text"]["model"]["width"]
+    )
+    trained = fit(EncoderTask(EncoderLesson(encoder, QFormer(sizes))), LoopConfig(**config["loop"]), options.out, config)
     assert isinstance(trained, EncoderLesson)
     trained.encoder.save_pretrained(options.out / "image_encoder")
+    save_file(trained.reader.state_dict(), options.out / "reader.safetensors")
 
 
 if __name__ == "__main__":

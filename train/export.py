@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPVisionModelWithProjection
 
 from nested_attention import patches
 from nested_attention.bases import ASSETS
+from nested_attention.encoding import load_image_encoder
 from train.base import build
 from train.judge import Judge, save_judge
 from train.loop import Checkpoint
@@ -57,8 +57,7 @@ def main() -> None:
     if (runs / "base/state").is_dir():
         export_base(config["base"], runs / "base", runs / "text", out / "base")
     if (runs / "encoder/image_encoder").is_dir():
-        encoder = CLIPVisionModelWithProjection.from_pretrained(runs / "encoder/image_encoder")
-        encoder.half().save_pretrained(out / "image_encoder")
+        load_image_encoder(runs / "encoder/image_encoder").half().save_pretrained(out / "image_encoder")
     if (runs / "judge/state").is_dir():
         judge = Judge()
         load_average(judge, runs / "judge")

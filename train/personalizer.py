@@ -16,14 +16,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPVisionModelWithProjection
+from transformers import PreTrainedModel
 
-from nested_attention import NestedAttentionPipeline, Subject, SubjectCache
+from nested_attention import NestedAttentionPipeline, SubjectCache
 from nested_attention.adapters import Adapter
 from nested_attention.attention import LayerSubject
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import image_features
-from nested_attention.encoding import encode_image
+from nested_attention.encoding import encode_subject
 from nested_attention.images import padded_square
 from train.loop import Batch, Task
 from train.objective import Diffusion, objective_of, weighted_mean
@@ -49,7 +49,7 @@ def text_states(stock: DiffusionPipeline, input_ids: Tensor) -> dict[str, Tensor
 class Personalizer(nn.Module):
     """Everything a training step runs through; only `adapter` learns."""
 
-    def __init__(self, stock: DiffusionPipeline, adapter: Adapter, image_encoder: CLIPVisionModelWithProjection):
+    def __init__(self, stock: DiffusionPipeline, adapter: Adapter, image_encoder: PreTrainedModel):
         super().__init__()
         self.stock = stock
         self.frozen = nn.ModuleList(part for part in stock.components.values() if isinstance(part, nn.Module)).eval()
@@ -123,11 +123,9 @@ class AdapterTask(Task):
         """One row a reference: itself, then what the prompts make of it."""
         assert isinstance(model, Personalizer)
         adapter, side = model.adapter, self.pipe.base.size
-        config = adapter.config
         rows = []
         for seed, reference in enumerate(self.references()):
-            encoded = encode_image(reference, adapter, model.image_encoder, SubjectCache())
-            subject = Subject(f"<{config.kind}>", config.kind, config.word, (encoded,), 1.0, config.lam, 1.0, config.value_norm)
+            subject = encode_subject(f"<{adapter.config.kind}>", [reference], adapter, model.image_encoder, SubjectCache())
             made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
             rows.append(np.concatenate([np.asarray(image) for image in (padded_square(reference, side), *made)], 1))
         Image.fromarray(np.concatenate(rows)).save(path)

@@ -33,9 +33,10 @@ def build_app(studio: Studio) -> gr.Blocks:
         gr.Markdown(TITLE)
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
+                gr.Markdown("**1 · Start from an example**", visible=bool(examples))
                 covers = gr.Gallery(
-                    [(example.results[0], example.title) for example in examples], label="1 · Start from an example", columns=4, height=150,
-                    allow_preview=False, interactive=False, object_fit="cover", visible=bool(examples), elem_id="examples",
+                    [(example.results[0], example.title) for example in examples], show_label=False, columns=3, height="auto",
+                    allow_preview=False, interactive=False, object_fit="cover", visible=bool(examples), buttons=[], elem_id="examples",
                 )  # fmt: skip
                 models = build_models(studio)
                 gr.Markdown("**2 · Your subjects**")
@@ -49,9 +50,10 @@ def build_app(studio: Studio) -> gr.Blocks:
                 offer = gr.Button(visible=False, elem_id="offer")
                 controls = build_advanced(prompt, studio.pipe)
             with gr.Column(scale=6, min_width=320):
+                gr.Markdown("**4 · Pictures**")
                 gallery = gr.Gallery(
-                    list(start.results) if start else None, label="4 · Pictures", columns=2, object_fit="contain", height=520, interactive=False,
-                    format="png", elem_id="gallery",
+                    list(start.results) if start else None, show_label=False, columns=2, object_fit="contain", height="auto",
+                    interactive=False, format="png", elem_id="gallery",
                 )  # fmt: skip
                 status = gr.Markdown("A finished example. Press Generate to draw your own." if start else "", elem_id="status")
                 with gr.Accordion("With and without the subject", open=False):

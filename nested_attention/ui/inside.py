@@ -54,14 +54,8 @@ def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
                 areas = gr.AnnotatedImage(show_label=False, elem_id="regions")
         point = gr.Markdown(elem_id="point")
         reference = gr.Gallery(
-            label="Where those tokens were read from",
-            columns=4,
-            height=260,
-            visible=False,
-            object_fit="contain",
-            fit_columns=False,
-            elem_id="patches",
-        )
+            show_label=False, columns=3, height="auto", visible=False, object_fit="contain", fit_columns=False, buttons=[], elem_id="patches",
+        )  # fmt: skip
         with gr.Row():
             with gr.Column(min_width=200):
                 gr.Markdown("**The subject's value, point by point** (main components as colours)")
@@ -135,5 +129,5 @@ def explain(studio: Studio, session: str, name: str, which: str, pixel: tuple[in
         raise gr.Error(str(error), print_exception=False) from error
     words = ", ".join(f"`{word}` {share:.0%}" for word, share in report.words.items())
     tokens = ", ".join(f"token {token} ({share:.0%})" for token, share in report.tokens)
-    text = f"At this point attention goes to: {words}.  \nOf `{name}`, the strongest answers come from: {tokens}."
+    text = f"At this point attention goes to: {words}.  \nOf `{name}`, the strongest answers come from: {tokens}. These were read from:"
     return text, gr.Gallery(reference_heat(result, name, report.patches), visible=True)
