@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nested_attention.attention import ValueNorm
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
 from nested_attention.errors import NestedAttentionError, get_back
+from nested_attention.files import replaced
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 Framing = Literal["whole", "face"]
@@ -111,12 +112,15 @@ class Adapter(nn.Module):
         return {name: layer(tokens) for name, layer in zip(self.names, self.layers, strict=True)}
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes the folder; an interrupted save leaves the old file whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / (WEIGHTS + ".new")
-        save_file({name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}, fresh)
-        fresh.replace(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        """Writes the folder; what breaks a save leaves the old one whole.
+
+        Raises:
+            NestedAttentionError: it cannot be written.
+        """
+        with replaced(folder) as fresh:
+            fresh.mkdir()
+            save_file({name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}, fresh / WEIGHTS)
+            (fresh / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path, unet: UNet2DConditionModel) -> "Adapter":

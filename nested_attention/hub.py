@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.files import replaced
 
 AFTER_REFUSAL = {
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that is valid",
@@ -41,10 +42,8 @@ def commit_of(repo: str) -> str:
     if repo not in recorded:
         with spoken_errors(repo):
             recorded[repo] = HfApi().model_info(repo).sha
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(recorded, indent=1) + "\n")
-        fresh.replace(path)
+        with replaced(path) as fresh:
+            fresh.write_text(json.dumps(recorded, indent=1) + "\n")
     return recorded[repo]
 
 

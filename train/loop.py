@@ -7,7 +7,6 @@ several processes (`accelerate launch`) take the samples of a batch in turn and 
 
 import json
 import math
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from nested_attention.files import replaced
 from train.optim import build_optimizers
 
 Batch = dict[str, Tensor]
@@ -108,14 +108,11 @@ class Checkpoint:
         self.folder = folder
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
-        fresh = self.folder.with_name(self.folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        for name, content in tensors.items():
-            save_file({key: value.detach().contiguous().clone() for key, value in content.items()}, fresh / f"{name}.safetensors")
-        (fresh / "progress.json").write_text(json.dumps({"step": step, **progress}))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        fresh.rename(self.folder)
+        with replaced(self.folder) as fresh:
+            fresh.mkdir()
+            for name, content in tensors.items():
+                save_file({key: value.detach().contiguous().clone() for key, value in content.items()}, fresh / f"{name}.safetensors")
+            (fresh / "progress.json").write_text(json.dumps({"step": step, **progress}))
 
     def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         if not (self.folder / "progress.json").exists():

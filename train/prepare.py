@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.faces import FRAME, SEARCHES, Method, cropped, find_faces, framed
+from nested_attention.files import replaced
 from nested_attention.images import padded_square, read_image
 from nested_attention.prompts import PLACEHOLDER, placeholders
 from train.photos.captions import with_placeholder
@@ -145,9 +146,8 @@ def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> R
         raise NestedAttentionError(f"there is no folder {folder}; check the path.")
     if out.exists() and not (out / "report.json").is_file():
         raise NestedAttentionError(f"{out} is there and was not written by train.prepare; give another folder with --out.")
-    report, fresh = Report(folder, kind), out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
+    report = Report(folder, kind)
+    with replaced(out) as fresh:
         for part in (IMAGES, REFERENCES):
             (fresh / part).mkdir(parents=True)
         for raw in raw_photos(folder):
@@ -161,10 +161,6 @@ def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> R
         lines = [json.dumps(asdict(photo), ensure_ascii=False) for photo in report.used]
         (fresh / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
         report.write(fresh)
-        shutil.rmtree(out, ignore_errors=True)
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return report
 
 

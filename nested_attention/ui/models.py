@@ -9,10 +9,12 @@ import gradio as gr
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.bases import BASES, find_base
 from nested_attention.estimate import Estimate, estimate
+from nested_attention.faces import insightface_analysis, insightface_ready
 from nested_attention.released import LICENCE, REPO
 from nested_attention.ui.studio import Studio
 
 OWN = "those that come with the base"
+FETCH_FACES = "Fetch insightface's models for it: about 280 MB, non-commercial research only"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,28 @@ def build_models(studio: Studio) -> ModelPanel:
         about = gr.Markdown(loaded_text(pipe), elem_id="about-model")
         load = gr.Button("Use this model", size="sm", elem_id="load")
         note = gr.Markdown(elem_classes="problem")
+        faces = gr.Markdown(faces_text(), elem_id="faces")
+        fetch = gr.Button(FETCH_FACES, size="sm", visible=not insightface_ready(), elem_id="fetch-faces")
+    fetch.click(fetch_faces, None, [faces, fetch], api_visibility="private")
     panel = ModelPanel(base, adapter, about, load, note)
     choices = [base, adapter]
     gr.on([base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], api_visibility="private")
     return panel
+
+
+def faces_text() -> str:
+    """How faces in photos are found on this machine."""
+    by = "insightface, whose models are for non-commercial research" if insightface_ready() else "OpenCV, frontal ones only"
+    return f"Faces in photos are found by {by}."
+
+
+def fetch_faces() -> tuple[str, gr.Button]:
+    """Fetches insightface's models, at the user's word."""
+    try:
+        insightface_analysis()
+    except NestedAttentionError as error:
+        return f"{faces_text()} ⚠️ {error}", gr.Button()
+    return faces_text(), gr.Button(visible=False)
 
 
 def adapter_of(choice: str | None) -> str | None:

@@ -6,7 +6,6 @@ photo can be read by its number.
 
 import glob
 import json
-import os
 import re
 import tarfile
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.files import replaced
 from nested_attention.images import read_image
 from train.photos.sample import PhotoSample, checked_caption, upright_size
 
@@ -111,10 +111,8 @@ def indexed(shards: list[Path]) -> list[list[Stored]]:
             entries[shard.name] = {"state": state, "photos": scanned(shard)}
             changed.add(shard.parent)
     for folder in changed:
-        fresh = folder / f"{INDEX}.{os.getpid()}"
-        with suppress(OSError):  # shards may lie where nothing can be written; they are then read each time
+        with suppress(NestedAttentionError), replaced(folder / INDEX) as fresh:  # if nothing can be written there, read each time
             fresh.write_text(json.dumps(known[folder]))
-            fresh.replace(folder / INDEX)
     return [[Stored(*photo) for photo in known[shard.parent][shard.name]["photos"]] for shard in shards]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from nested_attention.adapters import AdapterConfig
+from nested_attention.files import replaced
 from nested_attention.prompts import fill, placeholders
 from train.loop import Batch, LoopConfig, Share
 from train.objective import Diffusion
@@ -118,6 +119,5 @@ class PhotoTask(AdapterTask):
             if not path.exists():
                 batch: dict[str, Any] = {key: value[None].to(self.pipe.device) for key, value in samples[index].items()}
                 known = {name: value[0].half().cpu().contiguous() for name, value in self.model.conditions(batch).items()}
-                fresh = path.with_suffix(f".{share.rank}.new")
-                save_file(known, fresh)
-                fresh.replace(path)
+                with replaced(path) as fresh:
+                    save_file(known, fresh)
