@@ -5,6 +5,7 @@ It holds what is trained: the Q-Former and, for every cross-attention layer of t
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -112,15 +113,8 @@ class Adapter(nn.Module):
         return {name: layer(tokens) for name, layer in zip(self.names, self.layers, strict=True)}
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes the folder; what breaks a save leaves the old one whole.
-
-        Raises:
-            NestedAttentionError: it cannot be written.
-        """
-        with replaced(folder) as fresh:
-            fresh.mkdir()
-            save_file({name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}, fresh / WEIGHTS)
-            (fresh / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        """Writes the folder, see `save_adapter`."""
+        save_adapter(folder, self.config, self.state_dict(), dtype)
 
     @classmethod
     def load(cls, folder: Path, unet: UNet2DConditionModel) -> "Adapter":
@@ -143,6 +137,18 @@ class Adapter(nn.Module):
         adapter.load_state_dict(tensors)
         adapter.revision = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         return adapter.to(unet.device, unet.dtype).eval().requires_grad_(False)
+
+
+def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
+    """Writes an adapter folder; what breaks a save leaves the old one whole.
+
+    Raises:
+        NestedAttentionError: it cannot be written.
+    """
+    with replaced(folder) as fresh:
+        fresh.mkdir()
+        save_file({name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}, fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> AdapterConfig:

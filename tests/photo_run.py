@@ -1,17 +1,16 @@
-"""A tiny training on photos as a process of its own: `python -m tests.photo_run PHOTOS OUT STEPS ACCUMULATION [CACHE]`."""
+"""A tiny training on photos as a process of its own: `python -m tests.photo_run PHOTOS OUT STEPS ACCUMULATION [shard]`."""
 
 import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormerConfig
 from tests import tiny
-from train.loop import LoopConfig, Share, fit
+from train.loop import LoopConfig, fit
 from train.personalizer import Personalizer
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
@@ -20,7 +19,7 @@ RESOLUTION = 64
 
 
 class TinyPhotoTask(PhotoTask):
-    def grid(self, model: nn.Module, path: Path) -> None:
+    def grid(self) -> None:
         """Grids are tested elsewhere."""
 
 
@@ -35,20 +34,17 @@ def task(photos: str, cache: Path | None = None) -> PhotoTask:
     return TinyPhotoTask(Personalizer(stock, Adapter(config, stock.unet), tiny.vision()), pipe, open_source(photos), RESOLUTION, cache)
 
 
-def loop(steps: int, accumulation: int = 1) -> LoopConfig:
+def loop(steps: int, accumulation: int = 1, shard: bool = False) -> LoopConfig:
     return LoopConfig(
         steps, 4, lr=1e-3, muon_lr=0.0, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=10**6,
-        accumulation=accumulation,
+        accumulation=accumulation, held_out_every=2, shard=shard,
     )  # fmt: skip
 
 
 def main() -> None:
-    photos, out, steps, accumulation, *cache = sys.argv[1:]
+    photos, out, steps, accumulation, *shard = sys.argv[1:]
     torch.set_num_threads(1)
-    made = task(photos, Path(cache[0]) if cache else None)
-    if made.cache is not None:
-        made.cache_features(Share())
-    fit(made, loop(int(steps), int(accumulation)), Path(out), {})
+    fit(task(photos), loop(int(steps), int(accumulation), bool(shard)), Path(out), {})
 
 
 if __name__ == "__main__":

@@ -58,12 +58,20 @@ def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(photos: str, whole: Path
     assert difference(whole, tmp_path / "parts") == 0
 
 
-def test_two_processes_do_what_one_does(photos: str, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["each a copy", "shard"])
+def test_two_processes_do_what_one_does(photos: str, whole: Path, tmp_path: Path, how: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.photo_run"]  # fmt: skip
-    done = subprocess.run([*launch, photos, str(tmp_path / "two"), "6", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    shard = ["shard"] if how == "shard" else []
+    for steps in ("3", "6") if shard else ("6",):  # sharded: stopped and resumed
+        command = [*launch, photos, str(tmp_path / "two"), steps, "1", *shard]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     assert difference(whole, tmp_path / "two") < 1e-5
+    held_out = [
+        [json.loads(line).get("held_out") for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, tmp_path / "two")
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
 
 
 def test_accumulated_batches_differ_only_in_their_buckets(photos: str, tmp_path: Path) -> None:

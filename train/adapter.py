@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
-from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights
+from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights, save_adapter
 from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
 from nested_attention.encoding import ImageEncoders
 from nested_attention.errors import spoken_at_exit
@@ -77,21 +77,22 @@ class Job:
         """Trains stage after stage; returns the folder of the finished adapter."""
         if self.data is None and self.kind not in KINDS:
             raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(KINDS)}; name photos with --data.")
-        torch.manual_seed(0)
-        model, pipe = self.model()
-        state = PartialState()
+        state, learned = PartialState(), None
         for number, stage in enumerate(stages := self.config["stages"], 1):
             folder = self.out if number == len(stages) else self.out / f"stage-{number}"
+            torch.manual_seed(0)
+            model, pipe = self.model()
+            if learned is not None:
+                model.load_state_dict(learned, strict=False)
             task = self.task(model, pipe, stage)
             if isinstance(task, PhotoTask) and self.cache is not None:
                 task.cache_features(Share(rank=state.process_index, processes=state.num_processes))
                 state.wait_for_everyone()
             described = {"data": self.data or "Storybook", "stage": stage, "adapter": asdict(model.adapter.config)}
-            trained = fit(task, LoopConfig(**stage["loop"]), folder, described)
-            assert isinstance(trained, Personalizer)
-            model.adapter.load_state_dict(trained.adapter.state_dict())
+            learned = fit(task, LoopConfig(**stage["loop"]), folder, described)
+        assert learned is not None
         if state.is_main_process:
-            model.adapter.save(self.out / "adapter")
+            save_adapter(self.out / "adapter", model.adapter.config, {name.removeprefix("adapter."): learned[name] for name in learned})
         return self.out / "adapter"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -134,9 +135,8 @@ class BaseTask(Task):
         """The token ids of the empty caption, `(1, L)`."""
         return self.tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(self.model.unet.device)
 
-    def grid(self, model: nn.Module, path: Path) -> None:
-        assert isinstance(model, TextToImage)
-        sample_grid(model.unet, model.text_encoder, self.tokenizer, flow_scheduler(), self.patch, GRID_PROMPTS, path)
+    def grid(self) -> Image.Image:
+        return sample_grid(self.model.unet, self.model.text_encoder, self.tokenizer, flow_scheduler(), self.patch, GRID_PROMPTS)
 
 
 def build(config: dict, text_run: Path) -> tuple[TextToImage, CLIPTokenizer]:

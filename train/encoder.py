@@ -116,10 +116,10 @@ def main() -> None:
     sizes = QFormerConfig(
         **whole["adapter"]["qformer"], feature_dim=encoder.config.hidden_sizes[-1], output_dim=whole["text"]["model"]["width"]
     )
-    trained = fit(EncoderTask(EncoderLesson(encoder, QFormer(sizes))), LoopConfig(**config["loop"]), options.out, config)
-    assert isinstance(trained, EncoderLesson)
-    trained.encoder.save_pretrained(options.out / "image_encoder")
-    save_file(trained.reader.state_dict(), options.out / "reader.safetensors")
+    lesson = EncoderLesson(encoder, QFormer(sizes))
+    lesson.load_state_dict(fit(EncoderTask(lesson), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    lesson.encoder.save_pretrained(options.out / "image_encoder")
+    save_file(lesson.reader.state_dict(), options.out / "reader.safetensors")
 
 
 if __name__ == "__main__":

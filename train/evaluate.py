@@ -23,7 +23,6 @@ from nested_attention.bases import ASSETS
 from train.judge import Judge, load_judge
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
-from train.storybook.kinds import KINDS
 from train.storybook.labels import answers, questions, view
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity, sample_picture, sample_reference
@@ -133,6 +132,7 @@ def judged(judge: Judge, images: list[np.ndarray]) -> tuple[np.ndarray, Tensor]:
     return np.concatenate(answered), torch.cat(embedded)
 
 
+@cache
 def gallery(judge: Judge, kind: str) -> Tensor:
     """Identity embeddings `(100, C)`, each the mean of several renders with other attributes."""
     rng = random.Random(f"gallery views/{kind}")
@@ -151,14 +151,13 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
     right: dict[str, list[bool]] = {}
     ceiling: dict[str, list[bool]] = {}
     real = [render(case.picture).image for case in cases]
-    galleries = {kind: gallery(judge, kind) for kind in KINDS} if suite != "base" else {}
+    galleries = {kind: gallery(judge, kind) for kind in sorted({k for kinds in KINDS_OF_SUITE[suite] for k in kinds or ()})}
     for made, store in ((images, right), (real, ceiling)):
         whole = judged(judge, made)[0]
         for case, row in zip(cases, whole, strict=True):
             truth = answers(case.picture, None)
-            for field, said in (("scene", case.said.scene), ("style", True)):
-                if said:
-                    store.setdefault(field, []).append(bool(row[names.index(field)] == truth[names.index(field)]))
+            for field in ("scene", "style") if scene_can_be_told(case) else ("style",):
+                store.setdefault(field, []).append(bool(row[names.index(field)] == truth[names.index(field)]))
         count = max(len(case.picture.subjects) for case in cases)
         present = np.ones(len(cases), bool)
         for which in range(count):
@@ -181,6 +180,12 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
         if count == 2 and suite != "base":
             store["both kinds present"] = present.tolist()
     return {field: Score.of(values, ceiling[field]) for field, values in right.items()}
+
+
+def scene_can_be_told(case: Case) -> bool:
+    """The prompt states the scene and the picture can show it: a plain colour needs a style that keeps colours."""
+    plain = case.picture.scene.startswith("plain ")
+    return case.said.scene and (STYLES[case.picture.style].keeps_colour or not plain)
 
 
 def asked(case: Case, which: int) -> list[str]:

@@ -18,8 +18,8 @@ from nested_attention.bases import ASSETS
 from nested_attention.encoding import load_image_encoder
 from train.base import build
 from train.judge import Judge, save_judge
-from train.loop import Checkpoint
 from train.objective import flow_scheduler
+from train.state import Checkpoint
 
 STORYBOOK = ASSETS / "storybook"
 

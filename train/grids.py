@@ -1,7 +1,5 @@
 """Fixed-seed sample grids: what step 200, 1000, 5000 of a training looks like."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
@@ -41,9 +39,8 @@ def sample_grid(
     scheduler: SchedulerMixin,
     patch: int,
     prompts: tuple[str, ...],
-    path: Path,
     rows: int = 2,
-) -> None:
+) -> Image.Image:
     """One column a prompt, `rows` seeds below each other."""
 
     def encode(texts: tuple[str, ...]) -> Tensor:
@@ -55,4 +52,4 @@ def sample_grid(
         pictures = [F.pixel_shuffle(sample(unet, states.float(), unconditional.float(), scheduler, seed), patch) for seed in range(rows)]
     stacked = torch.cat([torch.cat(list(row), 2) for row in pictures], 1)  # (3, rows * H, prompts * W)
     array = ((stacked.permute(1, 2, 0).float().cpu().numpy() + 1) * 127.5).clip(0, 255).astype(np.uint8)
-    Image.fromarray(array).save(path)
+    return Image.fromarray(array)

@@ -90,11 +90,6 @@ class JudgeTask(Task):
         answering, right = answer_loss(logits, answers)
         return identity + answering, {"identity": float(identity), "found": float(found), "right": float(right)}
 
-    def grid(self, model: nn.Module, path: Path) -> None:
-        """On unseen renders of validation: the share of right answers, question by question, beside the grids."""
-        assert isinstance(model, Judge)
-        path.with_suffix(".json").write_text(json.dumps(accuracy(model, Pairs("validation", 512, blurred=False)), indent=1))
-
 
 @torch.no_grad()
 def accuracy(judge: Judge, pairs: Pairs) -> dict[str, float]:
@@ -129,9 +124,11 @@ def main() -> None:
     config = tomllib.loads(options.config.read_text())["judge"]
     torch.manual_seed(0)
     judge = Judge()
-    trained = fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config)
-    assert isinstance(trained, Judge)
-    save_judge(trained, options.out / "judge")
+    judge.load_state_dict(fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    save_judge(judge, options.out / "judge")
+    unseen = accuracy(judge, Pairs("validation", 1024, blurred=False))
+    (options.out / "accuracy.json").write_text(json.dumps(unseen, indent=1) + "\n")
+    print(json.dumps(unseen, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from nested_attention.files import replaced
 from train.optim import build_optimizers
+from train.sharding import shard, synchronize
+from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
 
 Batch = dict[str, Tensor]
 
@@ -35,7 +36,7 @@ class LoopConfig:
 
     `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
-    `muon_lr` 0 leaves everything to AdamW.
+    `muon_lr` 0 leaves everything to AdamW. `shard`: the processes divide the model instead of holding a copy each.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class LoopConfig:
     grid_every: int = 200
     held_out_every: int = 0
     tensorboard: bool = False
+    shard: bool = False
     not_muon: tuple[str, ...] = ()
 
     def rate(self, step: int) -> float:
@@ -96,131 +98,83 @@ class Task(ABC):
         """Batches with fixed noise that are never trained on, to compare states of a run by their loss."""
         return ()
 
-    def grid(self, model: nn.Module, path: Path) -> None:
-        """Draws what the averaged `model` makes of fixed prompts and seeds, where there is something to draw."""
+    def grid(self) -> Image.Image | None:
+        """What the model makes of fixed prompts and seeds, where there is something to draw."""
         return None
 
-
-class Checkpoint:
-    """Weights, average and optimizer state of a run as safetensors, replaced as a whole."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
-        with replaced(self.folder) as fresh:
-            fresh.mkdir()
-            for name, content in tensors.items():
-                save_file({key: value.detach().contiguous().clone() for key, value in content.items()}, fresh / f"{name}.safetensors")
-            (fresh / "progress.json").write_text(json.dumps({"step": step, **progress}))
-
-    def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        if not (self.folder / "progress.json").exists():
-            return None
-        tensors = {path.stem: load_file(path) for path in self.folder.glob("*.safetensors")}
-        return tensors, json.loads((self.folder / "progress.json").read_text())
+    def units(self) -> list[nn.Module]:
+        """The parts that a sharded run gathers one at a time, innermost first. What lies in none stays whole."""
+        return []
 
 
-def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The state of all optimizers as one flat dict, keyed `parameter/quantity`."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{quantity}": torch.as_tensor(value)
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for quantity, value in state.items()
-    }
-
-
-def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
-    """Restores what `optimizer_tensors` gave."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        name, quantity = key.split("/")
-        states.setdefault(name, {})[quantity] = value
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if names[parameter] in states:
-                    optimizer.state[parameter] = {
-                        quantity: value.to(parameter.device) if value.ndim else value
-                        for quantity, value in states[names[parameter]].items()
-                    }
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any]) -> nn.Module:
-    """Trains `task.model` up to `config.steps` and returns its moving average.
+def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any]) -> dict[str, Tensor]:
+    """Trains `task.model` up to `config.steps`. Returns the moving average of what learned, by parameter, on the CPU.
 
     `description` is written next to the run, so that anyone can see how it was made.
 
     Raises:
-        ValueError: processes and accumulation do not divide the batch.
+        ValueError: processes and accumulation do not divide the batch, or Muon was asked for in a sharded run.
         FloatingPointError: the loss is no longer finite.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder
     )
-    parts = accelerator.num_processes * config.accumulation
-    if config.batch_size % parts:
-        raise ValueError(f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation.")
-    model = task.model.to(accelerator.device)
+    processes, device = accelerator.num_processes, accelerator.device
+    check(config, processes)
+    model = task.model.to(device)
+    sharded = config.shard and processes > 1
+    if sharded:
+        shard(model, task.units(), device, processes)
     optimizers = build_optimizers(model, config.lr, config.muon_lr, config.not_muon)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    frozen = {id(tensor): tensor for tensor in model.parameters() if not tensor.requires_grad}
-    average = deepcopy(model, frozen).eval().requires_grad_(False)  # what is frozen is shared: a large base exists once
+    average = Average(model)
     checkpoint = Checkpoint(folder / "state")
     step, seconds = 0, 0.0
     if loaded := checkpoint.load():
         tensors, progress = loaded
         step, seconds = progress["step"], progress["seconds"]
-        model.load_state_dict(tensors["model"], strict=False)
-        average.load_state_dict(tensors["average"], strict=False)
+        load_weights(average.current, tensors["model"])
+        load_weights(average.tensors, tensors["average"])
         load_optimizer_tensors(model, optimizers, tensors["optimizer"])
-    averaged, current = dict(average.named_parameters()), trainable(model)
-    prepared = accelerator.prepare(model)
+    prepared = model if sharded else accelerator.prepare(model)
     forward = torch.compile(prepared) if config.compile else prepared
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "grids").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"loop": asdict(config), **description}, indent=2))
     accelerator.init_trackers("")
 
     def save() -> None:
-        tensors = {
-            "model": trainable(model), "average": {name: averaged[name].data for name in current},
-            "optimizer": optimizer_tensors(model, optimizers),
-        }  # fmt: skip
-        checkpoint.save(step, tensors, {"seconds": round(seconds)})
+        state = {"model": average.current, "average": average.tensors, "optimizer": optimizer_tensors(model, optimizers)}
+        gathered = {name: {key: whole(value) for key, value in content.items()} for name, content in state.items()}
+        if accelerator.is_main_process:
+            checkpoint.save(gathered, {"step": step, "seconds": round(seconds)})
 
-    batches = iterate(task, config, Share(step, accelerator.process_index, accelerator.num_processes))
+    batches = iterate(task, config, Share(step, accelerator.process_index, processes))
     saved = tick = time.monotonic()
     sums: dict[str, float] = {}
     while step < config.steps:
         for part in range(config.accumulation):
-            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
+            batch = {key: value.to(device) for key, value in next(batches).items()}
             last = part == config.accumulation - 1
-            with training_attention(accelerator.device), nullcontext() if last else accelerator.no_sync(prepared):
+            synchronize(model, last)
+            with training_attention(device), nullcontext() if last or sharded else accelerator.no_sync(prepared):
                 with accelerator.autocast():
                     loss, logs = task.loss(forward, batch)
                 accelerator.backward(loss / config.accumulation)
             for key, value in {"loss": float(loss.detach()), **logs}.items():
                 sums[key] = sums.get(key, 0.0) + value / config.accumulation
-        sums["norm"] = sums.get("norm", 0.0) + float(accelerator.clip_grad_norm_(current_parameters(model), config.clip))
+        norm = torch.nn.utils.clip_grad_norm_(learning(model).values(), config.clip)
+        sums["norm"] = sums.get("norm", 0.0) + float(whole(norm))
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * config.rate(step)
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_([averaged[name].data for name in current], list(current.values()), 1 - decay)
+        average.update(min(config.ema, (1 + step) / (10 + step)))
         line: dict[str, float] = {}
         if step % config.log_every == 0:
-            means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device) / config.log_every, "mean")
+            means = accelerator.reduce(torch.tensor(list(sums.values()), device=device) / config.log_every, "mean")
             now = time.monotonic()
             seconds += now - tick
             line = {key: round(value, 5) for key, value in zip(sums, means.tolist(), strict=True)}
@@ -228,33 +182,44 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             line |= {"hours": round(seconds / 3600, 3)}
             sums, tick = {}, now
         if config.held_out_every and step % config.held_out_every == 0:
-            with accelerator.autocast():
-                line["held_out"] = held_out_loss(task, average, accelerator.device)
-        if accelerator.is_main_process:
-            if line:
-                with open(folder / "log.jsonl", "a") as log:
-                    log.write(json.dumps({"step": step, **line}) + "\n")
-                accelerator.log(line, step)
-            if step % config.grid_every == 0 or step == config.steps:
-                (folder / "grids").mkdir(exist_ok=True)
-                with accelerator.autocast():
-                    task.grid(average, folder / "grids" / f"{step:06d}.png")
-            if time.monotonic() - saved > 60 * config.save_minutes or step == config.steps:
-                save()
-                saved = time.monotonic()
+            with accelerator.autocast(), average.in_place():
+                line["held_out"] = held_out_loss(task, device)
+        if line and accelerator.is_main_process:
+            with open(folder / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, **line}) + "\n")
+            accelerator.log(line, step)
+        if (step % config.grid_every == 0 or step == config.steps) and (sharded or accelerator.is_main_process):
+            with accelerator.autocast(), average.in_place():
+                grid = task.grid()
+            if grid is not None and accelerator.is_main_process:
+                grid.save(folder / f"grids/{step:06d}.png")
+        if agreed(accelerator, time.monotonic() - saved > 60 * config.save_minutes) or step == config.steps:
+            save()
+            saved = time.monotonic()
         if not math.isfinite(line.get("loss", 0.0)):
             raise FloatingPointError(f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint")
     accelerator.end_training()
-    return average
+    return {name: whole(value) for name, value in average.tensors.items()}
+
+
+def check(config: LoopConfig, processes: int) -> None:
+    parts = processes * config.accumulation
+    if config.batch_size % parts:
+        raise ValueError(f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation.")
+    if config.shard and config.muon_lr:
+        raise ValueError("Muon needs whole matrices, which no process has in a sharded run; set muon_lr to 0.")
+
+
+def agreed(accelerator: Accelerator, wish: bool) -> bool:
+    """The main process's wish, on every process: their clocks differ."""
+    if accelerator.num_processes == 1:
+        return wish
+    return bool(broadcast_object_list([wish])[0])
 
 
 def training_attention(device: torch.device) -> AbstractContextManager:
     """The kernels that train fastest: on a CPU the backward pass of flash attention is slow."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def current_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def iterate(task: Task, config: LoopConfig, share: Share) -> Iterator[Batch]:
@@ -279,7 +244,7 @@ class Order:
 
 
 @torch.no_grad()
-def held_out_loss(task: Task, model: nn.Module, device: torch.device) -> float:
+def held_out_loss(task: Task, device: torch.device) -> float:
     """The mean loss over `task.held_out()`, with the same noise every time."""
-    losses = [task.loss(model, {key: value.to(device) for key, value in batch.items()})[0] for batch in task.held_out()]
+    losses = [task.loss(task.model, {key: value.to(device) for key, value in batch.items()})[0] for batch in task.held_out()]
     return round(float(torch.stack(losses).mean()), 5)

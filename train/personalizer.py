@@ -7,12 +7,12 @@ adapter knows nothing of the others.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -119,16 +119,20 @@ class AdapterTask(Task):
         error = objective.error(predicted.float(), clean, noise, level)
         return weighted_mean(error, batch.get("weights", torch.ones_like(error))), {}
 
-    def grid(self, model: nn.Module, path: Path) -> None:
+    def units(self) -> list[nn.Module]:
+        unet, adapter = self.model.stock.unet, self.model.adapter
+        blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+        return [*blocks, unet, adapter.qformer, *adapter.layers]
+
+    def grid(self) -> Image.Image:
         """One row a reference: itself, then what the prompts make of it."""
-        assert isinstance(model, Personalizer)
-        adapter, side = model.adapter, self.pipe.base.size
+        adapter, side = self.model.adapter, self.pipe.base.size
         rows = []
         for seed, reference in enumerate(self.references()):
-            subject = encode_subject(f"<{adapter.config.kind}>", [reference], adapter, model.image_encoder, SubjectCache())
+            subject = encode_subject(f"<{adapter.config.kind}>", [reference], adapter, self.model.image_encoder, SubjectCache())
             made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
             rows.append(np.concatenate([np.asarray(image) for image in (padded_square(reference, side), *made)], 1))
-        Image.fromarray(np.concatenate(rows)).save(path)
+        return Image.fromarray(np.concatenate(rows))
 
 
 @dataclass

@@ -140,9 +140,8 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     reader = Reader(build_text_encoder(tokenizer, **config["model"]), [len(values) for values in said_fields().values()])
-    trained = fit(TextTask(reader, tokenizer), LoopConfig(**config["loop"]), options.out, config)
-    assert isinstance(trained, Reader)
-    trained.text_encoder.save_pretrained(options.out / "text_encoder")
+    reader.load_state_dict(fit(TextTask(reader, tokenizer), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    reader.text_encoder.save_pretrained(options.out / "text_encoder")
     tokenizer.save_pretrained(options.out / "tokenizer")
 
 

@@ -1,0 +1,118 @@
+"""The state of a run: what learns, its moving average, and the optimizers' moments; on disk as safetensors.
+
+A run may be divided over processes (`train.sharding`); on disk everything is whole, so that any number of processes can
+go on with it.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nested_attention.files import replaced
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, on the CPU; of a divided one every process has to ask at the same time."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """`value` where `tensor` lies: on its device, and divided as it is."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return value.to(tensor.device)
+
+
+def learning(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class Average:
+    """The moving average of what learns."""
+
+    def __init__(self, model: nn.Module):
+        self.current = {name: parameter.data for name, parameter in learning(model).items()}
+        self.tensors = {name: value.clone() for name, value in self.current.items()}
+
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(list(self.tensors.values()), list(self.current.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the average for its weights."""
+        kept = {name: value.clone() for name, value in self.current.items()}
+        for name, value in self.current.items():
+            value.copy_(self.tensors[name])
+        try:
+            yield
+        finally:
+            for name, value in self.current.items():
+                value.copy_(kept[name])
+
+
+@torch.no_grad()
+def load_weights(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Puts the whole tensors of `saved` into `tensors`."""
+    for name, tensor in tensors.items():
+        tensor.copy_(like(tensor, saved[name]))
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state of all optimizers as one flat dict, keyed `parameter/quantity`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{quantity}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for quantity, value in state.items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
+    """Restores what `optimizer_tensors` gave."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        name, quantity = key.split("/")
+        states.setdefault(name, {})[quantity] = value
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if names[parameter] in states:
+                    optimizer.state[parameter] = {
+                        quantity: like(parameter, value) if value.ndim else value for quantity, value in states[names[parameter]].items()
+                    }
+
+
+class Checkpoint:
+    """Weights, average and optimizer state of a run, replaced as a whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(self, tensors: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
+        """Writes whole tensors.
+
+        Raises:
+            NestedAttentionError: the disk is full; the last checkpoint is still there.
+        """
+        with replaced(self.folder) as fresh:
+            fresh.mkdir()
+            for name, content in tensors.items():
+                save_file({key: value.contiguous().clone() for key, value in content.items()}, fresh / f"{name}.safetensors")
+            (fresh / "progress.json").write_text(json.dumps(progress))
+
+    def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        if not (self.folder / "progress.json").exists():
+            return None
+        tensors = {path.stem: load_file(path) for path in self.folder.glob("*.safetensors")}
+        return tensors, json.loads((self.folder / "progress.json").read_text())
