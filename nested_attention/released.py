@@ -147,12 +147,13 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
 
 
 def import_released(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Fetches the released file, converts it into `folder`, and returns it; done once."""
+    """Fetches the released file, converts it into `folder`, and returns it; done once. Its licence is said every time."""
     if not (folder / "config.json").exists():
         revision = commit_of(REPO)
         source = fetch(REPO, revision, ["personalization_encoder/*.safetensors"])
         tensors = read_weights(source / "personalization_encoder/model.safetensors")
         convert(tensors, unet, revision).save(folder, next(iter(tensors.values())).dtype)
+    print(f"The released adapter is in {folder}. Its licence is {LICENCE}: non-commercial use, share alike, name the authors.")
     return folder
 
 
@@ -168,6 +169,4 @@ def run(options: argparse.Namespace) -> None:
     if options.file:
         tensors = read_weights(options.file)
         convert(tensors, unet, "main").save(options.out, next(iter(tensors.values())).dtype)
-    else:
-        import_released(unet, options.out)
-    print(f"The released adapter is in {options.out}. Its licence is {LICENCE}: non-commercial use, share alike, name the authors.")
+    import_released(unet, options.out)
