@@ -20,7 +20,9 @@ CSS = """
 .problem p { color: var(--error-text-color, #b42318); margin: 4px 8px; }
 .notice p { margin: 2px 0; }
 .slot { border: 1px solid var(--border-color-primary); }
-#gallery img { image-rendering: auto; }
+.grid-wrap.fixed-height { min-height: 0 !important; } /* galleries are as high as what they show */
+.caption { background: var(--block-background-fill); }
+.caption p { margin: 6px 10px; font-size: var(--text-sm); }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } .gradio-container .row { flex-wrap: wrap; } }
 """
 

@@ -87,7 +87,7 @@ def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr
         except NestedAttentionError as error:
             notes.append(f"⚠️ {error}")
     told = [note for note in dict.fromkeys(notes) if slot.framing != "whole" or note.startswith("⚠️")]
-    return gr.Gallery(pictures, visible=bool(pictures)), "\n\n".join(told), gr.Row(visible=slot.framing == "crop")
+    return gr.Gallery(pictures), "\n\n".join(told), gr.Row(visible=slot.framing == "crop")
 
 
 def framing_for(pipe: NestedAttentionPipeline, kind: str) -> gr.Dropdown:
@@ -105,17 +105,22 @@ def build_slot(pipe: NestedAttentionPipeline, number: int) -> SlotPanel:
             strength = gr.Slider(
                 0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
             )
-        files = gr.Gallery(
-            label="Its pictures: upload or paste one or several", type="filepath", columns=4, height=170, fit_columns=False,
-            interactive=True, sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
-        )  # fmt: skip
+        with gr.Row():
+            with gr.Column(scale=3, min_width=180):
+                gr.Markdown("Its pictures: upload or paste one or several", elem_classes="caption")
+                files = gr.Gallery(
+                    show_label=False, type="filepath", columns=3, height=150, fit_columns=False, interactive=True,
+                    sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
+                )  # fmt: skip
+            with gr.Column(scale=2, min_width=120):
+                gr.Markdown("What the encoder sees", elem_classes="caption")
+                preview = gr.Gallery(
+                    show_label=False, columns=2, height=150, interactive=False, allow_preview=False, object_fit="contain",
+                    fit_columns=False, buttons=[], elem_id=f"seen-{number}",
+                )  # fmt: skip
         framing = framing_for(pipe, chosen or "")
         with gr.Row(visible=False) as crop:
             sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
-        preview = gr.Gallery(
-            label="What the encoder sees", columns=5, height=130, interactive=False, visible=False, allow_preview=False,
-            object_fit="contain", fit_columns=False,
-        )  # fmt: skip
         note = gr.Markdown(elem_classes="notice", elem_id=f"note-{number}")
         with gr.Row():
             insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
