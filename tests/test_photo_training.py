@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import photo_run, tiny
-from train.loop import fit
+from train.loop import Share, fit
 from train.objective import NoiseObjective, objective_of
 
 PLACES = ("on the beach", "in the snow", "at night")
@@ -82,7 +82,7 @@ def test_accumulated_batches_differ_only_in_their_buckets(photos: str, tmp_path:
 
 def test_cached_features_change_nothing_but_rounding(photos: str, tmp_path: Path) -> None:
     plain, cached = photo_run.task(photos), photo_run.task(photos, tmp_path / "features")
-    cached.cache_features(photo_run.Share())
+    cached.cache_features(Share())
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == len(cached.parts[0])
     batches = [{key: value[None] for key, value in task.dataset(0)[3].items()} for task in (plain, cached)]
     assert "features" in batches[1] and "reference" not in batches[1]

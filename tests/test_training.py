@@ -37,7 +37,7 @@ class SmallTask(StorybookTask):
         self.stop_after -= 1
         return super().loss(model, batch)
 
-    def grid(self, model, path: Path) -> None:
+    def grid(self) -> None:
         pass
 
 
