@@ -18,12 +18,12 @@ DETAILS = {  # weight of a pixel in the loss by its part: small parts count for 
 }  # fmt: skip
 
 
-def part_weights() -> torch.Tensor:
-    """`DETAILS` as a table `(kinds, SLOT)`; part 0 and unnamed parts weigh 1."""
+def part_weights(named: dict[str, float]) -> torch.Tensor:
+    """Weights by part name as a table `(kinds, SLOT)`; part 0 and unnamed parts weigh 1."""
     table = torch.ones(len(KINDS), SLOT)
     for row, kind in enumerate(KINDS.values()):
         for number, part in enumerate(kind.parts, 1):
-            table[row, number] = DETAILS.get(part, 1.0)
+            table[row, number] = named.get(part, 1.0)
     return table
 
 
@@ -53,7 +53,7 @@ class Pictures(Dataset):
 
     def __init__(self, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion):
         self.split, self.tokenizer, self.length, self.diffusion = split, tokenizer, length, diffusion
-        self.weights = part_weights()
+        self.weights = part_weights(DETAILS)
 
     def __len__(self) -> int:
         return self.length
@@ -75,9 +75,11 @@ class Pictures(Dataset):
         }  # fmt: skip
 
 
-def loss_weights(drawn: Render, table: torch.Tensor) -> torch.Tensor:
-    """Weight of each pixel `(H, W)`, mean 1."""
+def loss_weights(drawn: Render, table: torch.Tensor, which: int | None = None) -> torch.Tensor:
+    """Weight of each pixel `(H, W)`, mean 1. With `which`, the parts of other subjects weigh 1."""
     parts = torch.from_numpy(drawn.parts).long()
     rows = [list(KINDS).index(placed.character.kind) for placed in drawn.picture.subjects]
     weights = table[torch.tensor(rows)[parts // SLOT], parts % SLOT]
+    if which is not None:
+        weights[parts // SLOT != which] = 1.0
     return weights / weights.mean()

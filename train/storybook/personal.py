@@ -11,9 +11,9 @@ from nested_attention.prompts import fill
 from train.loop import Batch
 from train.objective import Diffusion
 from train.storybook.captions import caption
-from train.storybook.dataset import to_tensor, token_mask
+from train.storybook.dataset import loss_weights, part_weights, to_tensor, token_mask
 from train.storybook.kinds import KINDS
-from train.storybook.picture import Render, render
+from train.storybook.picture import render
 from train.storybook.sampling import sample_picture, sample_reference
 
 LASTING = {"skin": 2.0, "hair": 3.0, "beard": 4.0, "brows": 6.0, "body": 2.0, "pattern": 4.0, "emblem": 6.0}
@@ -30,7 +30,7 @@ class PersonalPictures(Dataset):
 
     def __init__(self, kind: str, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion, patch: int):
         self.kind, self.split, self.tokenizer, self.length = kind, split, tokenizer, length
-        self.diffusion, self.patch = diffusion, patch
+        self.diffusion, self.patch, self.weights = diffusion, patch, part_weights(LASTING)
 
     def __len__(self) -> int:
         return self.length
@@ -48,17 +48,9 @@ class PersonalPictures(Dataset):
         chance = self.diffusion.draw(index, tuple(pixels.shape))
         return {
             "pixels": pixels, "input_ids": input_ids[None], "columns": columns[0].float(), "reference": to_tensor(reference),
-            "weights": self.patches(lasting_weights(drawn, which).expand(3, -1, -1)),
+            "weights": self.patches(loss_weights(drawn, self.weights, which).expand(3, -1, -1)),
             "level": chance["level"], "noise": self.patches(chance["noise"]),
         }  # fmt: skip
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         return F.pixel_unshuffle(pixels, self.patch)
-
-
-def lasting_weights(drawn: Render, which: int) -> torch.Tensor:
-    """Weight of each pixel `(H, W)`, mean 1: what lasts of subject `which` counts for more."""
-    weights = torch.ones(drawn.parts.shape)
-    for part in KINDS[drawn.picture.subjects[which].character.kind].parts:
-        weights[torch.from_numpy(drawn.part_mask(which, part))] = LASTING.get(part, 1.0)
-    return weights / weights.mean()
