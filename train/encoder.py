@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import BitConfig, BitModel
 
 from nested_attention.encoder import QFormer, QFormerConfig, image_features
+from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.kinds import KINDS
 from train.storybook.labels import questions
@@ -118,8 +119,10 @@ def main() -> None:
     )
     lesson = EncoderLesson(encoder, QFormer(sizes))
     lesson.load_state_dict(fit(EncoderTask(lesson), LoopConfig(**config["loop"]), options.out, config), strict=False)
-    lesson.encoder.save_pretrained(options.out / "image_encoder")
-    save_file(lesson.reader.state_dict(), options.out / "reader.safetensors")
+    with replaced(options.out / "image_encoder") as fresh:
+        lesson.encoder.save_pretrained(fresh)
+    with replaced(options.out / "reader.safetensors") as fresh:
+        save_file(lesson.reader.state_dict(), fresh)
 
 
 if __name__ == "__main__":

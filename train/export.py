@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from nested_attention import patches
 from nested_attention.bases import ASSETS
 from nested_attention.encoding import load_image_encoder
+from nested_attention.files import replaced
 from train.base import build
 from train.judge import Judge, save_judge
 from train.objective import flow_scheduler
@@ -32,10 +33,11 @@ def export_base(config: dict, run: Path, text_run: Path, out: Path) -> None:
         vae=patches.PatchAutoencoder(config["patch"]), text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet,
         scheduler=flow_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    stock.to(dtype=torch.float16).save_pretrained(out)
-    index = out / "model_index.json"
-    index.write_text(index.read_text().replace('"nested_attention.patches"', '"patches"'))
-    shutil.copy(inspect.getfile(patches), out / "vae/patches.py")
+    with replaced(out) as fresh:
+        stock.to(dtype=torch.float16).save_pretrained(fresh)
+        index = fresh / "model_index.json"
+        index.write_text(index.read_text().replace('"nested_attention.patches"', '"patches"'))
+        shutil.copy(inspect.getfile(patches), fresh / "vae/patches.py")
 
 
 def load_average(model: torch.nn.Module, run: Path) -> None:
@@ -57,13 +59,15 @@ def main() -> None:
     if (runs / "base/state").is_dir():
         export_base(config["base"], runs / "base", runs / "text", out / "base")
     if (runs / "encoder/image_encoder").is_dir():
-        load_image_encoder(runs / "encoder/image_encoder").half().save_pretrained(out / "image_encoder")
+        with replaced(out / "image_encoder") as fresh:
+            load_image_encoder(runs / "encoder/image_encoder").half().save_pretrained(fresh)
     if (runs / "judge/state").is_dir():
         judge = Judge()
         load_average(judge, runs / "judge")
         save_judge(judge, out / "judge")
     for adapter in sorted(runs.glob("adapter-*/adapter")):
-        shutil.copytree(adapter, out / "adapters" / adapter.parent.name.removeprefix("adapter-"), dirs_exist_ok=True)
+        with replaced(out / "adapters" / adapter.parent.name.removeprefix("adapter-")) as fresh:
+            shutil.copytree(adapter, fresh)
 
 
 if __name__ == "__main__":

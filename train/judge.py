@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from nested_attention.files import replaced
 from train.encoder import answer_loss, find_each_other
 from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.labels import questions
@@ -61,9 +62,10 @@ class Judge(nn.Module):
 
 
 def save_judge(judge: Judge, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().half().contiguous() for name, value in judge.state_dict().items()}, folder / "judge.safetensors")
-    (folder / "config.json").write_text(json.dumps({"widths": judge.widths, "embedding": judge.identity.out_features}) + "\n")
+    with replaced(folder) as fresh:
+        fresh.mkdir()
+        save_file({name: value.detach().half().contiguous() for name, value in judge.state_dict().items()}, fresh / "judge.safetensors")
+        (fresh / "config.json").write_text(json.dumps({"widths": judge.widths, "embedding": judge.identity.out_features}) + "\n")
 
 
 def load_judge(folder: Path) -> Judge:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
@@ -141,8 +142,10 @@ def main() -> None:
     tokenizer = build_tokenizer()
     reader = Reader(build_text_encoder(tokenizer, **config["model"]), [len(values) for values in said_fields().values()])
     reader.load_state_dict(fit(TextTask(reader, tokenizer), LoopConfig(**config["loop"]), options.out, config), strict=False)
-    reader.text_encoder.save_pretrained(options.out / "text_encoder")
-    tokenizer.save_pretrained(options.out / "tokenizer")
+    with replaced(options.out / "text_encoder") as fresh:
+        reader.text_encoder.save_pretrained(fresh)
+    with replaced(options.out / "tokenizer") as fresh:
+        tokenizer.save_pretrained(fresh)
 
 
 if __name__ == "__main__":
