@@ -16,7 +16,9 @@ from train.storybook.kinds import KINDS
 from train.storybook.picture import render
 from train.storybook.sampling import sample_picture, sample_reference
 
-LASTING = {"skin": 2.0, "hair": 3.0, "beard": 4.0, "brows": 6.0, "body": 2.0, "pattern": 4.0, "emblem": 6.0}
+LASTING = {  # and faces, so that they keep what the prompt says of them
+    "skin": 2.0, "hair": 3.0, "beard": 4.0, "brows": 6.0, "body": 2.0, "pattern": 4.0, "emblem": 6.0, "eyes": 3.0, "mouth": 3.0,
+}  # fmt: skip
 ALONE = 0.7  # share of pictures that show nobody else
 
 
