@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from nested_attention.loading import computes_bfloat16
+
 
 @torch.no_grad()
 def sample(
@@ -47,7 +49,7 @@ def sample_grid(
         ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         return text_encoder(ids.to(text_encoder.device)).last_hidden_state
 
-    with torch.autocast(unet.device.type, torch.bfloat16):
+    with torch.autocast(unet.device.type, torch.bfloat16, enabled=computes_bfloat16(unet.device)):
         states, unconditional = encode(prompts), encode(("",))
         pictures = [F.pixel_shuffle(sample(unet, states.float(), unconditional.float(), scheduler, seed), patch) for seed in range(rows)]
     stacked = torch.cat([torch.cat(list(row), 2) for row in pictures], 1)  # (3, rows * H, prompts * W)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from nested_attention.loading import computes_bfloat16
 from train.optim import build_optimizers
 from train.sharding import shard, synchronize
 from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
@@ -36,7 +37,8 @@ class LoopConfig:
 
     `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
-    `muon_lr` 0 leaves everything to AdamW. `shard`: the processes divide the model instead of holding a copy each.
+    `muon_lr` 0 leaves everything to AdamW. `mixed_precision` is accelerate's; without it bfloat16 is used where the device
+    computes in it. `shard`: the processes divide the model instead of holding a copy each.
     """
 
     steps: int
@@ -48,7 +50,7 @@ class LoopConfig:
     ema: float = 0.998
     clip: float = 1.0
     accumulation: int = 1
-    mixed_precision: str = "bf16"
+    mixed_precision: str | None = None
     compile: bool = False
     workers: int = 1
     log_every: int = 10
@@ -116,9 +118,8 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
         ValueError: processes and accumulation do not divide the batch, or Muon was asked for in a sharded run.
         FloatingPointError: the loss is no longer finite.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder
-    )
+    precision = config.mixed_precision or ("bf16" if computes_bfloat16(PartialState().device) else "no")
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
     processes, device = accelerator.num_processes, accelerator.device
     check(config, processes)
     model = task.model.to(device)

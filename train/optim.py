@@ -11,12 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nested_attention.loading import computes_bfloat16
+
 
 def orthogonalized(batch: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix to each of `batch (n, rows, columns)`, approximately."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = batch.shape[1] <= batch.shape[2]
-    x = (batch if wide else batch.mT).bfloat16()
+    x = (batch if wide else batch.mT).to(torch.bfloat16 if computes_bfloat16(batch.device) else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT

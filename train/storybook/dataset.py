@@ -14,7 +14,8 @@ from train.storybook.picture import SLOT, Render, render
 from train.storybook.sampling import sample_picture
 
 DETAILS = {  # weight of a pixel in the loss by its part: small parts count for more than their area
-    "eyes": 5.0, "mouth": 5.0, "brows": 3.0, "beard": 2.0, "accessory": 3.0, "emblem": 3.0, "load": 2.0, "garment": 2.0, "pattern": 1.5, "hair": 1.5,
+    "eyes": 5.0, "mouth": 5.0, "brows": 3.0, "beard": 2.0, "accessory": 3.0, "emblem": 3.0, "load": 2.0,
+    "garment": 2.0, "pattern": 1.5, "hair": 1.5,
 }  # fmt: skip
 
 
@@ -79,7 +80,8 @@ def loss_weights(drawn: Render, table: torch.Tensor, which: int | None = None) -
     """Weight of each pixel `(H, W)`, mean 1. With `which`, the parts of other subjects weigh 1."""
     parts = torch.from_numpy(drawn.parts).long()
     rows = [list(KINDS).index(placed.character.kind) for placed in drawn.picture.subjects]
-    weights = table[torch.tensor(rows)[parts // SLOT], parts % SLOT]
+    subject = parts // SLOT
+    weights = table[torch.tensor(rows)[subject], parts % SLOT]
     if which is not None:
-        weights[parts // SLOT != which] = 1.0
+        weights[subject != which] = 1.0
     return weights / weights.mean()
