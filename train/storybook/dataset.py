@@ -1,6 +1,7 @@
 """Feeding a training: samples by index, each with its own noise, so that a run can stop and go on anywhere."""
 
 import random
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,15 +18,6 @@ DETAILS = {  # weight of a pixel in the loss by its part: small parts count for 
     "eyes": 5.0, "mouth": 5.0, "brows": 3.0, "beard": 2.0, "accessory": 3.0, "emblem": 3.0, "load": 2.0,
     "garment": 2.0, "pattern": 1.5, "hair": 1.5,
 }  # fmt: skip
-
-
-def part_weights(named: dict[str, float]) -> torch.Tensor:
-    """Weights by part name as a table `(kinds, SLOT)`; part 0 and unnamed parts weigh 1."""
-    table = torch.ones(len(KINDS), SLOT)
-    for row, kind in enumerate(KINDS.values()):
-        for number, part in enumerate(kind.parts, 1):
-            table[row, number] = named.get(part, 1.0)
-    return table
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -54,7 +46,6 @@ class Pictures(Dataset):
 
     def __init__(self, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion):
         self.split, self.tokenizer, self.length, self.diffusion = split, tokenizer, length, diffusion
-        self.weights = part_weights(DETAILS)
 
     def __len__(self) -> int:
         return self.length
@@ -72,16 +63,23 @@ class Pictures(Dataset):
             masks[which] = torch.from_numpy(drawn.subject_mask(which))
         return {
             "pixels": pixels, "input_ids": input_ids, "names": names, "masks": masks,
-            "weights": loss_weights(drawn, self.weights), **self.diffusion.draw(index, tuple(pixels.shape)),
+            "weights": loss_weights(drawn), **self.diffusion.draw(index, tuple(pixels.shape)),
         }  # fmt: skip
 
 
-def loss_weights(drawn: Render, table: torch.Tensor, which: int | None = None) -> torch.Tensor:
-    """Weight of each pixel `(H, W)`, mean 1. With `which`, the parts of other subjects weigh 1."""
+@cache
+def weight_table() -> torch.Tensor:
+    """`DETAILS` by number of kind and part, `(kinds, SLOT)`."""
+    table = torch.ones(len(KINDS), SLOT)
+    for row, kind in enumerate(KINDS.values()):
+        for number, part in enumerate(kind.parts, 1):
+            table[row, number] = DETAILS.get(part, 1.0)
+    return table
+
+
+def loss_weights(drawn: Render) -> torch.Tensor:
+    """Weight of each pixel `(H, W)`, mean 1."""
     parts = torch.from_numpy(drawn.parts).long()
     rows = [list(KINDS).index(placed.character.kind) for placed in drawn.picture.subjects]
-    subject = parts // SLOT
-    weights = table[torch.tensor(rows)[subject], parts % SLOT]
-    if which is not None:
-        weights[subject != which] = 1.0
+    weights = weight_table()[torch.tensor(rows)[parts // SLOT], parts % SLOT]
     return weights / weights.mean()

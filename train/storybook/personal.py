@@ -11,28 +11,28 @@ from nested_attention.prompts import fill
 from train.loop import Batch
 from train.objective import Diffusion
 from train.storybook.captions import caption
-from train.storybook.dataset import loss_weights, part_weights, to_tensor, token_mask
+from train.storybook.dataset import loss_weights, to_tensor, token_mask
 from train.storybook.kinds import KINDS
 from train.storybook.picture import render
-from train.storybook.sampling import sample_picture, sample_reference
+from train.storybook.sampling import Placed, sample_picture, sample_reference
+from train.storybook.scenes import CANVAS
 
-LASTING = {  # and faces, so that they keep what the prompt says of them
-    "skin": 2.0, "hair": 3.0, "beard": 4.0, "brows": 6.0, "body": 2.0, "pattern": 4.0, "emblem": 6.0, "eyes": 3.0, "mouth": 3.0,
-}  # fmt: skip
 ALONE = 0.7  # share of pictures that show nobody else
+ELSEWHERE = 0.3  # weight of the loss outside the subject's square
 
 
 class PersonalPictures(Dataset):
     """Samples for `train.personalizer`. Picture and reference show one identity with nothing else in common.
 
     In some pictures somebody else stands beside the subject, named by an ordinary word. Captions say nearly all that the
-    base can be told, and pixels of what lasts of the subject (`LASTING`) weigh more, since only there has an adapter
-    something to say. Noise and weights have the layout of the base's latents: `patch` x `patch` pixels in channels.
+    base can be told. Pixels weigh as in the base's training, and less where the subject does not stand: there an adapter
+    has nothing to say. (Within its square no part of it may weigh more than for the base: with hair at three times the
+    weight of what is behind it, a face that may have long hair gets long hair.) Noise and weights have the layout of the base's latents: `patch` x `patch` pixels in channels.
     """
 
     def __init__(self, kind: str, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion, patch: int):
         self.kind, self.split, self.tokenizer, self.length = kind, split, tokenizer, length
-        self.diffusion, self.patch, self.weights = diffusion, patch, part_weights(LASTING)
+        self.diffusion, self.patch = diffusion, patch
 
     def __len__(self) -> int:
         return self.length
@@ -47,12 +47,22 @@ class PersonalPictures(Dataset):
         input_ids, columns = token_mask(filled.text, filled.spans[f"<{self.kind}>"], self.tokenizer, 1)
         pixels = to_tensor(drawn.image)
         reference = render(sample_reference(drawn.picture, which, self.split, index)).image
+        weights = loss_weights(drawn) * nearby(drawn.picture.subjects[which])
         chance = self.diffusion.draw(index, tuple(pixels.shape))
         return {
             "pixels": pixels, "input_ids": input_ids[None], "columns": columns[0].float(), "reference": to_tensor(reference),
-            "weights": self.patches(loss_weights(drawn, self.weights, which).expand(3, -1, -1)),
+            "weights": self.patches((weights / weights.mean()).expand(3, -1, -1)),
             "level": chance["level"], "noise": self.patches(chance["noise"]),
         }  # fmt: skip
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         return F.pixel_unshuffle(pixels, self.patch)
+
+
+def nearby(placed: Placed) -> torch.Tensor:
+    """1 in the square that a subject is drawn in, `ELSEWHERE` around it, `(H, W)`."""
+    weights = torch.full((CANVAS, CANVAS), ELSEWHERE)
+    side = round(placed.size * CANVAS)
+    left = round(placed.x * CANVAS - side / 2)
+    weights[CANVAS - side :, max(left, 0) : left + side] = 1.0
+    return weights
