@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS_OF_SUITE, nargs="+", help="only these parts")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    count = 24 if options.quick else 512
+    count = 16 if options.quick else 512
     results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes)
     if options.json:
         plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
