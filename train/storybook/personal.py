@@ -27,7 +27,8 @@ class PersonalPictures(Dataset):
     In some pictures somebody else stands beside the subject, named by an ordinary word. Captions say nearly all that the
     base can be told. Pixels weigh as in the base's training, and less where the subject does not stand: there an adapter
     has nothing to say. (Within its square no part of it may weigh more than for the base: with hair at three times the
-    weight of what is behind it, a face that may have long hair gets long hair.) Noise and weights have the layout of the base's latents: `patch` x `patch` pixels in channels.
+    weight of what is behind it, a face that may have long hair gets long hair.) Noise and weights have the layout of
+    the base's latents: `patch` x `patch` pixels in channels.
     """
 
     def __init__(self, kind: str, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion, patch: int):
