@@ -1,6 +1,7 @@
 """Training: what is frozen stays frozen, a run that was stopped goes on exactly, files come back as they were saved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, featur
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
 from train.base import Routing, TextToImage, routing_loss
-from train.loop import LoopConfig, fit
+from train.loop import LoopConfig, Share, fit, iterate
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import orthogonalized
 from train.personalizer import Personalizer, StorybookTask
@@ -70,6 +71,14 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_run_behind_another_sees_what_comes_next() -> None:
+    first = list(task().batches(LOOP, Share()))
+    second = replace(LOOP, behind=LOOP.steps)
+    assert list(task().batches(second, Share(step=second.behind))) == [[8, 9], [10, 11], [12, 13], [14, 15]]
+    assert first == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert len(next(iter(iterate(task(), second, Share(step=7))))["level"]) == 2
 
 
 def test_an_adapter_comes_back_as_it_was_saved(tmp_path: Path) -> None:

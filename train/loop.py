@@ -37,12 +37,14 @@ class LoopConfig:
 
     `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
-    `muon_lr` 0 leaves everything to AdamW. `mixed_precision` is accelerate's; without it bfloat16 is used where the device
+    `muon_lr` 0 leaves everything to AdamW. `behind`: steps of earlier runs that this one goes on from with `--init`; its
+    samples begin behind theirs. `mixed_precision` is accelerate's; without it bfloat16 is used where the device
     computes in it. `shard`: the processes divide the model instead of holding a copy each.
     """
 
     steps: int
     batch_size: int
+    behind: int = 0
     lr: float = 6e-4
     muon_lr: float = 2e-3
     warmup: int = 50
@@ -91,7 +93,7 @@ class Task(ABC):
 
     def batches(self, config: LoopConfig, share: Share) -> Iterator[list[int]]:
         """Indices into the dataset for every batch of this process; all batches of a step come one after the other."""
-        for step in range(share.step, config.steps):
+        for step in range(share.step, config.behind + config.steps):
             mine = range(step * config.batch_size + share.rank, (step + 1) * config.batch_size, share.processes)
             size = len(mine) // config.accumulation
             yield from (list(mine[k * size : (k + 1) * size]) for k in range(config.accumulation))
@@ -150,7 +152,7 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
         if accelerator.is_main_process:
             checkpoint.save(gathered, {"step": step, "seconds": round(seconds)})
 
-    batches = iterate(task, config, Share(step, accelerator.process_index, processes))
+    batches = iterate(task, config, Share(config.behind + step, accelerator.process_index, processes))
     saved = tick = time.monotonic()
     sums: dict[str, float] = {}
     while step < config.steps:
@@ -224,10 +226,10 @@ def training_attention(device: torch.device) -> AbstractContextManager:
 
 
 def iterate(task: Task, config: LoopConfig, share: Share) -> Iterator[Batch]:
-    """The batches of a process: sample `n` of the run is item `n` of the dataset."""
+    """The batches of a process: sample `n` of the run is item `n` of the dataset, counted from its first."""
     loader: DataLoader = DataLoader(
-        task.dataset(config.steps * config.batch_size), batch_sampler=Order(task, config, share), num_workers=config.workers,
-        persistent_workers=config.workers > 0, prefetch_factor=4 if config.workers else None,
+        task.dataset((config.behind + config.steps) * config.batch_size), batch_sampler=Order(task, config, share),
+        num_workers=config.workers, persistent_workers=config.workers > 0, prefetch_factor=4 if config.workers else None,
     )  # fmt: skip
     return iter(loader)
 
