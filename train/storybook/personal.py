@@ -63,7 +63,6 @@ class PersonalPictures(Dataset):
 def nearby(placed: Placed) -> torch.Tensor:
     """1 in the square that a subject is drawn in, `ELSEWHERE` around it, `(H, W)`."""
     weights = torch.full((CANVAS, CANVAS), ELSEWHERE)
-    side = round(placed.size * CANVAS)
-    left = round(placed.x * CANVAS - side / 2)
-    weights[CANVAS - side :, max(left, 0) : left + side] = 1.0
+    left, top, side = placed.square()
+    weights[top : top + side, max(left, 0) : left + side] = 1.0
     return weights

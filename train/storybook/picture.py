@@ -40,9 +40,9 @@ def render(picture: Picture) -> Render:
     part_map = np.zeros((CANVAS, CANVAS), np.uint8)
     for which, placed in enumerate(picture.subjects):
         character = placed.character
-        size = round(placed.size * CANVAS)
+        left, top, size = placed.square()
         rgba, parts = KINDS[character.kind].draw(character.identity, character.attributes).resized(size)
-        rows, columns, *inside = paste(image, rgba, round(placed.x * CANVAS - size / 2), CANVAS - size)
+        rows, columns, *inside = paste(image, rgba, left, top)
         visible = parts[tuple(inside)]
         np.copyto(part_map[rows, columns], visible + np.uint8(which * SLOT), where=visible > 0)
     image = STYLES[picture.style].apply(image)

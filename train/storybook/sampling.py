@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from train.storybook.kinds import KINDS
 from train.storybook.kinds.base import Values
-from train.storybook.scenes import LANDSCAPES, PLAIN, SCENES, VARIANTS
+from train.storybook.scenes import CANVAS, LANDSCAPES, PLAIN, SCENES, VARIANTS
 from train.storybook.styles import STYLES
 
 SPLITS = {"train": range(0, 70), "validation": range(70, 80), "test": range(80, 100)}  # percent of identities, by hash
@@ -28,6 +28,11 @@ class Placed:
     character: Character
     x: float
     size: float
+
+    def square(self) -> tuple[int, int, int]:
+        """The square of pixels that it is drawn in: `(left, top, side)`. It ends at the picture's lower edge."""
+        side = round(self.size * CANVAS)
+        return round(self.x * CANVAS - side / 2), CANVAS - side, side
 
 
 @dataclass(frozen=True)
