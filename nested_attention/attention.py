@@ -9,8 +9,8 @@ The key of s stays the text key: the subject competes for attention exactly as i
 
 `plain` is this, letter by letter: it builds V_q, a value for every query and word. `fast` never does. With A the outer
 softmax and a_s its column, out = A V' + sum_s strength * a_s * v~, where V' is V with the rows of s scaled by
-1 - strength. One fused attention yields both A V' and the a_s: a value channel per subject is 1 at its word and 0
-elsewhere, and one more query/key channel carries log w. A test holds the two forms to each other.
+1 - strength. One fused attention yields both A V' and the strength * a_s: a value channel per subject is its strength at
+its word and 0 elsewhere, and one more query/key channel carries log w. A test holds the two forms to each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,15 +53,19 @@ class LayerSubject:
     value_norm: ValueNorm = "none"
     answering: Tensor | None = None
 
-    def scaled(self, nested: Tensor, value: Tensor) -> Tensor:
-        """v~ from v*: `nested (B, heads, HW, d)` with the layer's text values `value (B, heads, L, d)`."""
+    def factor(self, nested: Tensor, value: Tensor) -> Tensor:
+        """v~ / v*, of a shape that broadcasts to `nested (B, heads, HW, d)`, which is v*; `value (B, heads, L, d)` is the text's."""
         if self.value_norm == "none":
-            return self.lam.to(nested.dtype) * nested
+            return self.lam.to(nested.dtype)
         share = self.columns / self.columns.sum(1, keepdim=True).clamp(min=1)
         word = share.to(value.dtype)[:, None, None] @ value  # (B, heads, 1, d)
         over = (1, 3) if self.value_norm == "full" else (3,)
         norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32) for x in (word, nested)]
-        return (self.lam * norms[0] / norms[1].clamp(min=1e-6)).to(nested.dtype) * nested
+        return (self.lam * norms[0] / norms[1].clamp(min=1e-6)).to(nested.dtype)
+
+    def scaled(self, nested: Tensor, value: Tensor) -> Tensor:
+        """v~ from v*."""
+        return self.factor(nested, value) * nested
 
     def log_weight(self) -> Tensor:
         """log w in the subject's columns, 0 elsewhere: `(B, L)`."""
@@ -101,8 +105,8 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
 
     def widened(tensor: Tensor, *channels: Tensor) -> Tensor:
         """`tensor (B, heads, n, d)` with `channels`, each `(B, n)`, and zeros behind: `(B, heads, n, width)`."""
-        extra = torch.stack(channels, -1).to(tensor.dtype)[:, None].expand(tensor.shape[0], heads, -1, -1)
-        return F.pad(torch.cat([tensor, extra], -1), (0, width - d - len(channels)))
+        extra = F.pad(torch.stack(channels, -1), (0, width - d - len(channels))).to(tensor.dtype)
+        return torch.cat([tensor, extra[:, None].expand(tensor.shape[0], heads, -1, -1)], -1)
 
     columns = [subject.columns.expand(batch, -1) for subject in subjects]  # (B, L) each
     log_weight = torch.stack([subject.log_weight().expand(batch, -1) for subject in subjects]).sum(0)
@@ -110,7 +114,7 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
     out = F.scaled_dot_product_attention(
         widened(query, torch.ones_like(query[:, 0, :, 0])),
         widened(key, log_weight * d**0.5),
-        widened(value * kept.to(value.dtype)[:, None, :, None], *columns),
+        widened(value * kept.to(value.dtype)[:, None, :, None], *(c * s.strength for c, s in zip(columns, subjects, strict=True))),
         scale=d**-0.5,
     )
     out, shares = out[..., :d], out[..., d : d + len(subjects)].split(1, -1)
@@ -118,7 +122,7 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
         nested_key, nested_value = (x.expand(batch, -1, -1, -1) for x in (subject.key, subject.value))
         mask = None if subject.answering is None else subject.answering[None, None, None]
         nested = F.scaled_dot_product_attention(query, nested_key, nested_value, attn_mask=mask)
-        out = out + subject.strength.to(out.dtype) * share * subject.scaled(nested, value)
+        out = torch.addcmul(out, share * subject.factor(nested, value), nested)
     return out
 
 
@@ -164,5 +168,5 @@ class NestedAttnProcessor(AttnProcessor2_0):
             parts.append(in_slices(attend, query[:stock], size))
         if nested is not None and rows:
             parts.append(nested.attend(self.name, query[stock:], key[stock:], value[stock:], subjects))
-        out = torch.cat(parts).transpose(1, 2).flatten(2).to(query.dtype)  # (B, HW, heads * d)
+        out = torch.cat([part.transpose(1, 2).flatten(2) for part in parts]).to(query.dtype)  # (B, HW, heads * d)
         return attn.to_out[1](attn.to_out[0](out))
