@@ -17,8 +17,9 @@ from tests import tiny
 from train.base import Routing, TextToImage, routing_loss
 from train.loop import LoopConfig, Share, fit, iterate
 from train.objective import Diffusion, FlowObjective, flow_scheduler
-from train.optim import orthogonalized
+from train.optim import BETAS, orthogonalized
 from train.personalizer import Personalizer, StorybookTask
+from train.whitening import WhitenedAdamW, whitening
 
 LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
 
@@ -186,3 +187,21 @@ def test_muon_updates_are_orthogonal() -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalized(torch.randn(3, 20, 50)).float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_whitened_adamw_is_adamw_behind_white_inputs() -> None:
+    """Weights `w` that learn in white coordinates are `u @ white`, where `u` learns from inputs made white by `white`."""
+    torch.manual_seed(0)
+    inputs = torch.randn(512, 6) @ torch.randn(6, 6)
+    white = whitening(inputs)
+    torch.testing.assert_close((inputs @ white).mT @ (inputs @ white) / 512, torch.eye(6), atol=0.2, rtol=0)
+    u = torch.nn.Parameter(torch.randn(3, 6))
+    w = torch.nn.Parameter(u.detach() @ white)
+    stock = torch.optim.AdamW([u], lr=0.1, betas=BETAS, weight_decay=0.0)
+    ours = WhitenedAdamW([{"params": [w], "white": white}], 0.1, BETAS)
+    for _ in range(5):
+        for optimizer, predict in ((stock, lambda x: x @ white @ u.mT), (ours, lambda x: x @ w.mT)):
+            optimizer.zero_grad()
+            (predict(inputs) - inputs[:, :3]).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(w, u @ white, atol=1e-5, rtol=1e-4)

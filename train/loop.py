@@ -37,9 +37,10 @@ class LoopConfig:
 
     `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
-    `muon_lr` 0 leaves everything to AdamW. `behind`: steps of earlier runs that this one goes on from with `--init`; its
-    samples begin behind theirs. `mixed_precision` is accelerate's; without it bfloat16 is used where the device
-    computes in it. `shard`: the processes divide the model instead of holding a copy each.
+    `muon_lr` 0 leaves everything to AdamW; `white_lr` is AdamW's rate where a task gives white coordinates. `behind`: steps
+    of earlier runs that this one goes on from with `--init`; its samples begin behind theirs. `mixed_precision` is
+    accelerate's; without it bfloat16 is used where the device computes in it. `shard`: the processes divide the model
+    instead of holding a copy each.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class LoopConfig:
     behind: int = 0
     lr: float = 6e-4
     muon_lr: float = 2e-3
+    white_lr: float = 2e-3
     warmup: int = 50
     cooldown: float = 0.2
     ema: float = 0.998
@@ -106,6 +108,10 @@ class Task(ABC):
         """What the model makes of fixed prompts and seeds, where there is something to draw."""
         return None
 
+    def white(self) -> dict[str, Tensor]:
+        """For weights of linear layers, by name, coordinates in which what they read is white (`train.whitening`)."""
+        return {}
+
     def units(self) -> list[nn.Module]:
         """The parts that a sharded run gathers one at a time, innermost first. What lies in none stays whole."""
         return []
@@ -128,7 +134,7 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     sharded = config.shard and processes > 1
     if sharded:
         shard(model, task.units(), device, processes)
-    optimizers = build_optimizers(model, config.lr, config.muon_lr, config.not_muon)
+    optimizers = build_optimizers(model, config.lr, config.muon_lr, config.not_muon, task.white(), config.white_lr)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = Average(model)
     checkpoint = Checkpoint(folder / "state")

@@ -1,4 +1,4 @@
-"""Muon for matrices and convolution kernels, AdamW for the rest.
+"""Muon for matrices and convolution kernels, AdamW for the rest, in white coordinates where a task gives them.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, then the nearest semi-orthogonal
 matrix by five Newton-Schulz steps, scaled so that an update has the root mean square of an AdamW update
@@ -6,12 +6,15 @@ matrix by five Newton-Schulz steps, scaled so that an update has the root mean s
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from nested_attention.loading import computes_bfloat16
+from train.whitening import WhitenedAdamW
+
+BETAS = 0.9, 0.98
 
 
 def orthogonalized(batch: Tensor, steps: int = 5) -> Tensor:
@@ -52,20 +55,27 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
-def build_optimizers(model: nn.Module, lr: float, muon_lr: float, not_muon: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, lr: float, muon_lr: float, not_muon: tuple[str, ...], white: Mapping[str, Tensor], white_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for every trainable matrix or kernel, except names that contain one of `not_muon`; AdamW for the others.
 
-    With `muon_lr` 0 everything goes to AdamW.
+    With `muon_lr` 0 everything goes to AdamW. Weights named in `white` always do, in the coordinates given there.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    whitened: list[dict] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name in white:
+            whitened.append({"params": [parameter], "white": white[name].to(parameter.device)})
+        elif parameter.requires_grad:
             muon = muon_lr > 0 and parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1
             (matrices if muon and not any(part in name for part in not_muon) else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(Muon(matrices, muon_lr))
+    if whitened:
+        optimizers.append(WhitenedAdamW(whitened, white_lr, BETAS))
     if others:
-        optimizers.append(torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01))
+        optimizers.append(torch.optim.AdamW(others, lr, BETAS, weight_decay=0.01))
     return optimizers

@@ -30,6 +30,7 @@ from train.objective import Diffusion, objective_of, weighted_mean
 from train.storybook.personal import PersonalPictures
 from train.storybook.picture import render
 from train.storybook.sampling import sample_picture
+from train.whitening import whitening
 
 HELD_OUT = 192  # samples
 
@@ -151,6 +152,15 @@ class StorybookTask(AdapterTask):
 
     def held_out(self) -> Iterable[Batch]:
         return DataLoader(self.pictures("validation", HELD_OUT), 32)
+
+    @torch.no_grad()
+    def white(self) -> dict[str, Tensor]:
+        """For the nested projections: they read tokens, here those of the first samples."""
+        adapter = self.model.adapter
+        batches = DataLoader(self.dataset(HELD_OUT), 32)
+        tokens = torch.cat([adapter.qformer(self.model.conditions(batch)["features"].float()) for batch in batches])
+        white = whitening(tokens.flatten(0, 1))
+        return {name: white for name, _ in self.model.named_parameters() if name.startswith("adapter.layers.")}
 
     def references(self) -> list[Image.Image]:
         kind = self.model.adapter.config.kind
