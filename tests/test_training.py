@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import BitConfig, BitModel
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline, SubjectCache
@@ -14,11 +15,12 @@ from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, feature_dim, image_features
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
-from train.base import Routing, TextToImage, routing_loss
+from train.base import Routing, TextToImage, alignment_loss, routing_loss
 from train.loop import LoopConfig, Share, fit, iterate
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
 from train.personalizer import Personalizer, StorybookTask
+from train.reader import MARGIN, TILE, ReaderLesson, ReaderTask, tiles
 from train.whitening import WhitenedAdamW, whitening
 
 LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
@@ -163,9 +165,30 @@ def test_watched_attention_is_stock_attention() -> None:
     noisy, ids = torch.randn(2, 192, 16, 16), tiny.tokenizer()(["a cat", "a man"], padding="max_length", return_tensors="pt").input_ids
     timesteps = torch.tensor([100.0, 700.0])
     plain = stock.unet(noisy, timesteps, stock.text_encoder(ids).last_hidden_state).sample
-    watched, seen = TextToImage(stock.unet, stock.text_encoder)(noisy, timesteps, ids)
+    watched, seen, told = TextToImage(stock.unet, stock.text_encoder, 24)(noisy, timesteps, ids)
+    assert told.shape[:2] == (2, 24)
     torch.testing.assert_close(plain, watched, atol=1e-4, rtol=1e-4)
     assert all(torch.allclose(shares.sum(-1), torch.ones(shares.shape[:-1])) for shares in seen)
+
+
+def test_the_middle_is_asked_for_what_the_image_encoder_sees() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(4, 8, 2, 2) + 5
+    own = features - features.mean((0, 2, 3), keepdim=True)
+    assert alignment_loss(own, features) < 1e-6 < alignment_loss(own.roll(1, 0), features)
+
+
+def test_a_reader_learns_to_tell_of_portraits(tmp_path: Path) -> None:
+    sizes = QFormerConfig(num_tokens=16, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=32)
+    made = ReaderTask(ReaderLesson(tiny.vision(128), QFormer(sizes)), "person")
+    sample = made.dataset(1)[0]
+    again = F.fold(tiles(sample["portrait"][None]).mT, made.side, TILE + 2 * MARGIN, padding=MARGIN, stride=TILE)
+    assert again.shape == (1, 4, made.side, made.side) and sample["weights"].shape == (1, made.side, made.side)
+    before = {name: value.clone() for name, value in made.model.encoder.state_dict().items()}
+    fit(made, replace(LOOP, steps=30, log_every=10, lr=3e-3, muon_lr=0.0), tmp_path, {})
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in made.model.encoder.state_dict().items())
 
 
 def test_the_sampler_belongs_to_the_objective() -> None:

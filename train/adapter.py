@@ -5,7 +5,7 @@
 
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
 of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter, the
-config's `reader` from a Q-Former that learned with the image encoder.
+config's `reader` from a Q-Former that has had its first lesson (`train.reader`).
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
@@ -65,7 +65,7 @@ class Job:
         if self.init is not None:
             adapter.load_state_dict(read_weights(self.init / WEIGHTS))
         elif "reader" in config:
-            adapter.qformer.load_state_dict(read_weights(Path(config["reader"])))
+            adapter.qformer.load_state_dict(read_weights(Path(config["reader"].format(kind=self.kind))))
         return Personalizer(stock.to(device), adapter.float(), encoder), NestedAttentionPipeline(preset, stock, {}, {}, device)
 
     def task(self, model: Personalizer, pipe: NestedAttentionPipeline, stage: dict[str, Any]) -> AdapterTask:

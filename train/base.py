@@ -4,7 +4,9 @@ The U-Net sees a picture mixed with noise, `x_s = (1 - s) x + s e`, predicts the
 the velocity: `|x' - x|^2 / s^2`. Small parts (eyes, mouths) weigh more than their area. A second term routes: where a
 subject is visible, its noun should get a share of the cross-attention, elsewhere none. That teaches binding early and
 makes the model's own attention a true map of who is where; without it little of a picture hangs on the noun's value,
-which is all that a nested adapter may change later.
+which is all that a nested adapter may change later. A third term aligns: what the U-Net's middle holds of the noisy picture
+should tell what the frozen image encoder sees in the clean one (REPA, arXiv 2410.06940). The pixels of a tail or a fur's
+pattern are few, and without being asked for them a small model draws the mean of all.
 """
 
 import argparse
@@ -22,8 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import BitModel, CLIPTextModel, CLIPTokenizer
 
+from nested_attention.bases import ASSETS
+from nested_attention.encoder import feature_dim
 from train.grids import sample_grid
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective, empty_where, flow_scheduler, weighted_mean
@@ -73,19 +77,24 @@ class WatchedCrossAttention:
 class TextToImage(nn.Module):
     """U-Net and text encoder as one trainable thing: noisy patches, timesteps and token ids in; clean patches out."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, features: int):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        middle = unet.config.block_out_channels[-1]
+        self.align = nn.Sequential(nn.Conv2d(middle, features, 1), nn.SiLU(), nn.Conv2d(features, features, 1))
+        self.middle: list[Tensor] = []
+        unet.mid_block.register_forward_hook(lambda _, inputs, out: self.middle.append(out))
         self.watched = [WatchedCrossAttention() for name in unet.attn_processors if "attn2" in name]
         watched = iter(self.watched)
         unet.set_attn_processor({
             name: next(watched) if "attn2" in name else processor for name, processor in unet.attn_processors.items()
         })  # fmt: skip
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The clean picture, the attention of every layer, and what the middle tells of the image encoder's features `(B, F, h, w)`."""
         states = self.text_encoder(input_ids).last_hidden_state
         clean = self.unet(noisy, timesteps, states).sample
-        return clean, [processor.seen for processor in self.watched]
+        return clean, [processor.seen for processor in self.watched], self.align(self.middle.pop())
 
 
 def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -107,6 +116,11 @@ def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float)
     return torch.stack(terms).mean(), torch.stack(shares).mean()
 
 
+def alignment_loss(told: Tensor, features: Tensor) -> Tensor:
+    """1 - cosine of what the middle tells and the features, both `(B, F, h, w)`, without what all features share."""
+    return 1 - F.cosine_similarity(told.float(), features.float() - features.float().mean((0, 2, 3), keepdim=True)).mean()
+
+
 @dataclass
 class BaseTask(Task):
     model: TextToImage
@@ -114,6 +128,8 @@ class BaseTask(Task):
     patch: int
     diffusion: Diffusion
     routing: Routing
+    alignment: float  # weight of this term in the loss
+    image_encoder: BitModel
 
     def dataset(self, length: int) -> Dataset:
         return Pictures("train", self.tokenizer, length, self.diffusion)
@@ -122,13 +138,15 @@ class BaseTask(Task):
         objective, level, pixels, noise = FlowObjective(), batch["level"], batch["pixels"], batch["noise"]
         ids = empty_where(batch["drop"], batch["input_ids"], self.empty)
         noisy = F.pixel_unshuffle(objective.noisy(pixels, noise, level), self.patch)
-        predicted, seen = model(noisy, objective.timesteps(level), ids)
+        predicted, seen, told = model(noisy, objective.timesteps(level), ids)
         error = objective.error(F.pixel_shuffle(predicted.float(), self.patch), pixels, noise, level)
         velocity = weighted_mean(error, batch["weights"])
         names = batch["names"] & ~batch["drop"][:, None, None]
         routed, share = routing_loss(seen, names, batch["masks"], self.routing.floor)
+        strange = alignment_loss(told, self.image_encoder(pixels).last_hidden_state)
         logs = {"velocity": float(velocity.detach()), "routing": float(routed.detach()), "share": float(share)}
-        return velocity + self.routing.weight * routed, logs
+        logs["strange"] = float(strange.detach())
+        return velocity + self.routing.weight * routed + self.alignment * strange, logs
 
     @cached_property
     def empty(self) -> Tensor:
@@ -139,29 +157,42 @@ class BaseTask(Task):
         return sample_grid(self.model.unet, self.model.text_encoder, self.tokenizer, flow_scheduler(), self.patch, GRID_PROMPTS)
 
 
-def build(config: dict, text_run: Path) -> tuple[TextToImage, CLIPTokenizer]:
-    tokenizer = CLIPTokenizer.from_pretrained(text_run / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(text_run / "text_encoder")
+def image_encoder() -> BitModel:
+    """The shipped one: it is trained before the base."""
+    return BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float().eval().requires_grad_(False)
+
+
+def build(config: dict, text_run: Path, features: int, init: Path | None = None) -> tuple[TextToImage, CLIPTokenizer]:
+    """Text encoder and tokenizer as `train.text` left them with a new U-Net, or all as in the pipeline folder `init`."""
+    source = init or text_run
+    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder").float()
     channels = 3 * config["patch"] ** 2
-    unet = UNet2DConditionModel(
-        sample_size=config["resolution"] // config["patch"], in_channels=channels, out_channels=channels,
-        cross_attention_dim=text_encoder.config.hidden_size, **config["unet"],
+    unet = (
+        UNet2DConditionModel.from_pretrained(init / "unet").float()
+        if init
+        else UNet2DConditionModel(
+            sample_size=config["resolution"] // config["patch"], in_channels=channels, out_channels=channels,
+            cross_attention_dim=text_encoder.config.hidden_size, **config["unet"],
+        )
     )  # fmt: skip
-    return TextToImage(unet.to(memory_format=torch.channels_last), text_encoder), tokenizer
+    return TextToImage(unet.to(memory_format=torch.channels_last), text_encoder, features), tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.base", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--text", type=Path, default=Path("runs/text"), help="folder of the finished train.text run")
+    parser.add_argument("--init", type=Path, help="pipeline folder to go on from, such as assets/storybook/base")
     parser.add_argument("--out", type=Path, default=Path("runs/base"))
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())["base"]
     torch.manual_seed(0)
-    model, tokenizer = build(config, options.text)
-    task = BaseTask(model, tokenizer, config["patch"], Diffusion(**config["diffusion"]), Routing(**config["routing"]))
-    loop = LoopConfig(**config["loop"])
-    fit(task, loop, options.out, {**config, "routing": asdict(task.routing)})
+    encoder = image_encoder()
+    model, tokenizer = build(config, options.text, feature_dim(encoder), options.init)
+    diffusion, routing = Diffusion(**config["diffusion"]), Routing(**config["routing"])
+    task = BaseTask(model, tokenizer, config["patch"], diffusion, routing, config["alignment"], encoder)
+    fit(task, LoopConfig(**config["loop"]), options.out, {**config, "routing": asdict(routing)})
 
 
 if __name__ == "__main__":

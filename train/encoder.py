@@ -3,7 +3,7 @@
 It learns from pairs of pictures of one identity, read by a Q-Former of the adapters' size: what that reads of the two
 should find each other in a batch (InfoNCE) and say what stays of a subject (kind, hair, fur pattern, ...), and every
 patch should know which part it shows, so that its features stay local. Then it is frozen; adapters read its last hidden
-layer, and their Q-Formers start from this one.
+layer.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -121,8 +120,6 @@ def main() -> None:
     lesson.load_state_dict(fit(EncoderTask(lesson), LoopConfig(**config["loop"]), options.out, config), strict=False)
     with replaced(options.out / "image_encoder") as fresh:
         lesson.encoder.save_pretrained(fresh)
-    with replaced(options.out / "reader.safetensors") as fresh:
-        save_file(lesson.reader.state_dict(), fresh)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from diffusers import StableDiffusionPipeline
 
 from nested_attention import patches
 from nested_attention.bases import ASSETS
+from nested_attention.encoder import feature_dim
 from nested_attention.encoding import load_image_encoder
 from nested_attention.files import replaced
-from train.base import build
+from train.base import build, image_encoder
 from train.judge import Judge, save_judge
 from train.objective import flow_scheduler
 from train.state import Checkpoint
@@ -27,7 +28,7 @@ STORYBOOK = ASSETS / "storybook"
 
 def export_base(config: dict, run: Path, text_run: Path, out: Path) -> None:
     """A diffusers pipeline folder. Its VAE is `nested_attention.patches`, of which the folder carries a copy."""
-    model, tokenizer = build(config, text_run)
+    model, tokenizer = build(config, text_run, feature_dim(image_encoder()))
     load_average(model, run)
     stock = StableDiffusionPipeline(
         vae=patches.PatchAutoencoder(config["patch"]), text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet,

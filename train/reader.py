@@ -1,0 +1,138 @@
+"""A Q-Former's first lesson: `python -m train.reader --kind person --config train/configs/storybook.toml`.
+
+Token `n` learns to tell how tile `n` of the subject's portrait looks, whatever the reference shows: the portrait is
+the subject in a square of its own, with attributes that are always the same. One linear layer reads every token, so what
+a tile looks like is written in all tokens alike, and a nested layer that learned to read one of them can read all. The
+image encoder stays as it is; the adapter of the kind starts from this Q-Former.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import BitModel, PreTrainedModel
+
+from nested_attention.bases import ASSETS
+from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_features
+from nested_attention.files import replaced
+from train.loop import Batch, LoopConfig, Task, fit
+from train.storybook.dataset import to_tensor, weight_table
+from train.storybook.kinds import KINDS
+from train.storybook.picture import render
+from train.storybook.sampling import Character, sample_picture, sample_reference
+
+TILE, MARGIN = 6, 3  # pixels of a portrait
+
+
+def portrait(character: Character, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The subject's identity alone: premultiplied RGBA `(side, side, 4)` and the weights of its pixels `(side, side)`."""
+    kind = KINDS[character.kind]
+    plain = {field: "none" if "none" in values else values[0] for field, values in kind.attributes.items()}
+    rgba, parts = kind.draw(character.identity, plain).resized(side)
+    weights = weight_table()[list(KINDS).index(kind.name)].numpy()[parts]
+    return rgba, weights
+
+
+def tiles(picture: Tensor) -> Tensor:
+    """`(B, C, side, side)` -> each tile with a margin around it: `(B, N, C * (TILE + 2 * MARGIN)^2)`."""
+    return F.unfold(picture, TILE + 2 * MARGIN, padding=MARGIN, stride=TILE).mT
+
+
+class Portraits(Dataset):
+    """References with the portraits of whom they show."""
+
+    def __init__(self, kind: str, split: str, length: int, side: int):
+        self.kind, self.split, self.length, self.side = kind, split, length, side
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        target = sample_picture(self.split, index, (self.kind,))
+        reference = render(sample_reference(target, 0, self.split, index)).image
+        rgba, weights = portrait(target.subjects[0].character, self.side)
+        return {
+            "reference": to_tensor(reference), "portrait": torch.from_numpy(rgba).permute(2, 0, 1).contiguous(),
+            "weights": torch.from_numpy(weights)[None],
+        }  # fmt: skip
+
+
+class ReaderLesson(nn.Module):
+    """The frozen image encoder, the Q-Former, and the layer that reads its tokens."""
+
+    def __init__(self, encoder: PreTrainedModel, reader: QFormer):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.reader = reader
+        self.look = nn.Linear(reader.config.output_dim, 4 * (TILE + 2 * MARGIN) ** 2)
+
+    def forward(self, references: Tensor) -> Tensor:
+        """What the tokens tell of their tiles, `(B, N, 4 * (TILE + 2 * MARGIN)^2)`."""
+        with torch.no_grad():
+            features = image_features(self.encoder, references, -1)
+        return self.look(self.reader(features))
+
+
+@dataclass
+class ReaderTask(Task):
+    model: ReaderLesson
+    kind: str
+
+    @property
+    def side(self) -> int:
+        return TILE * round(self.model.reader.config.num_tokens**0.5)
+
+    def dataset(self, length: int) -> Dataset:
+        return Portraits(self.kind, "train", length, self.side)
+
+    def held_out(self) -> DataLoader:
+        return DataLoader(Portraits(self.kind, "validation", 192, self.side), 64)
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        seen, shown = model(batch["reference"]), tiles(batch["portrait"])
+        weights = tiles(batch["weights"]).repeat(1, 1, 4)
+        error = (weights * (seen.float() - shown) ** 2).mean() / weights.mean()
+        return error, {}
+
+    @torch.no_grad()
+    def grid(self) -> Image.Image:
+        """References, portraits, and what the tokens tell of them."""
+        batch = next(iter(self.held_out()))
+        made = self.model(batch["reference"][:16]).unflatten(2, (4, TILE + 2 * MARGIN, -1))[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+        made = F.fold(made.flatten(2).mT, self.side, TILE, stride=TILE)
+        pictures = [x[:, :3] + 1 - x[:, 3:] for x in (batch["portrait"][:16], made)]
+        rows = [F.interpolate((batch["reference"][:16] + 1) / 2, self.side, mode="area"), *pictures]
+        whole = torch.cat([torch.cat(list(row), 2) for row in rows], 1).clamp(0, 1).permute(1, 2, 0)
+        return Image.fromarray((whole.numpy() * 255).astype(np.uint8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.reader", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--kind", choices=tuple(KINDS), required=True)
+    parser.add_argument("--out", type=Path, help="runs/reader-KIND if not given")
+    options = parser.parse_args()
+    out = options.out or Path(f"runs/reader-{options.kind}")
+    whole = tomllib.loads(options.config.read_text())
+    config = whole["reader"]
+    torch.manual_seed(0)
+    encoder = BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float()
+    sizes = QFormerConfig(**whole["adapter"]["qformer"], feature_dim=feature_dim(encoder), output_dim=whole["text"]["model"]["width"])
+    lesson = ReaderLesson(encoder, QFormer(sizes))
+    lesson.load_state_dict(fit(ReaderTask(lesson, options.kind), LoopConfig(**config["loop"]), out, config), strict=False)
+    with replaced(out / "reader.safetensors") as fresh:
+        save_file(lesson.reader.state_dict(), fresh)
+
+
+if __name__ == "__main__":
+    main()
