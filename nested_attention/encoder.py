@@ -85,14 +85,18 @@ class QFormer(nn.Module):
             assert isinstance(attention, PerceiverAttention)
             yield attention, feed_forward
 
+    def trail(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The features as the blocks read them, and the latents before the first block, after it, ... `(B, N, width)`."""
+        features = self.proj_in(features)
+        latents = [self.latents.expand(len(features), -1, -1)]
+        for attention, feed_forward in self.blocks():
+            seen = latents[-1] + attention(features, latents[-1])
+            latents.append(seen + feed_forward(seen))
+        return features, latents
+
     def forward(self, features: Tensor) -> Tensor:
         """`(B, P, feature_dim)` -> tokens `(B, N, output_dim)`."""
-        features = self.proj_in(features)
-        latents = self.latents.expand(len(features), -1, -1)
-        for attention, feed_forward in self.blocks():
-            latents = latents + attention(features, latents)
-            latents = latents + feed_forward(latents)
-        return self.norm_out(self.proj_out(latents))
+        return self.norm_out(self.proj_out(self.trail(features)[1][-1]))
 
     @torch.no_grad()
     def reading(self, features: Tensor) -> Tensor:
@@ -100,13 +104,9 @@ class QFormer(nn.Module):
 
         Attention that the queries pay to each other is left out and the rest is brought back to a sum of 1.
         """
-        features = self.proj_in(features)
-        latents = self.latents.expand(len(features), -1, -1)
-        total = torch.zeros(len(features), latents.shape[1], features.shape[1], device=features.device)
-        for attention, feed_forward in self.blocks():
-            total += attention.shares(features, latents).float()
-            latents = latents + attention(features, latents)
-            latents = latents + feed_forward(latents)
+        features, latents = self.trail(features)
+        shares = [block.shares(features, before).float() for (block, _), before in zip(self.blocks(), latents[:-1], strict=True)]
+        total = torch.stack(shares).sum(0)
         return total / total.sum(-1, keepdim=True)
 
 
