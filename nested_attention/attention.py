@@ -72,9 +72,14 @@ class LayerSubject:
         return self.columns * self.token_weight.log()
 
 
+def nested_logits(query: Tensor, key: Tensor) -> Tensor:
+    """How well each nested key answers each query: `(B, heads, HW, N)`."""
+    return query @ key.mT * query.shape[-1] ** -0.5
+
+
 def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
     """Which nested token answers each query: `(B, heads, HW, N)`, rows sum to 1."""
-    logits = query @ subject.key.mT * query.shape[-1] ** -0.5
+    logits = nested_logits(query, subject.key)
     if subject.answering is not None:
         logits = logits.masked_fill(~subject.answering, float("-inf"))
     return logits.softmax(-1)

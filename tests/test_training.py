@@ -16,6 +16,7 @@ from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, featur
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
 from train.base import Routing, TextToImage, alignment_loss, routing_loss
+from train.keys import KeysLesson, KeysTask, tile_shares
 from train.loop import LoopConfig, Share, fit, iterate
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
@@ -189,6 +190,28 @@ def test_a_reader_learns_to_tell_of_portraits(tmp_path: Path) -> None:
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in made.model.encoder.state_dict().items())
+
+
+def test_every_cell_of_a_square_has_its_tiles() -> None:
+    shares, inside = tile_shares(torch.tensor([[32, 64, 64], [0, 0, 128]]), 16, 8)
+    assert torch.allclose(shares.sum(-1), torch.ones(2, 256))
+    rows, columns = inside[0].view(16, 16).nonzero().T
+    assert len(rows) == 64 and inside[1].all()
+    assert (shares[0][inside[0]].argmax(-1) == (rows - 8) * 8 + columns - 4).all()  # a square of 8 x 8 cells: one tile each
+    assert shares[1, 0, 0] == 1 and torch.allclose(shares[1, 17].topk(2).values, torch.tensor([0.5625, 0.1875]))
+
+
+def test_the_keys_lesson_changes_keys_only(tmp_path: Path) -> None:
+    made = task()
+    before = {name: value.clone() for name, value in made.model.adapter.state_dict().items()}
+    lesson = KeysTask(KeysLesson(made.model), "cat", Diffusion())
+    fit(lesson, replace(LOOP, steps=12, lr=1e-2, muon_lr=0.0), tmp_path, {})
+    after = made.model.adapter.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith("to_k.weight")
+    }
+    logs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logs[-1]["loss"] < logs[0]["loss"]
 
 
 def test_the_sampler_belongs_to_the_objective() -> None:

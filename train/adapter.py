@@ -4,8 +4,8 @@
     python -m train.adapter --kind person --config train/configs/sdxl.toml --base sdxl --data PREPARED_FOLDER
 
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
-of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter, the
-config's `reader` from a Q-Former that has had its first lesson (`train.reader`).
+of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter than the
+config's `start`, which has had its first lessons (`train.reader`, `train.keys`).
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
@@ -62,10 +62,9 @@ class Job:
         width = stock.unet.config.cross_attention_dim
         sizes = QFormerConfig(**config["qformer"], feature_dim=feature_dim(encoder), output_dim=width)
         adapter = Adapter(replace(described, qformer=sizes), stock.unet)
-        if self.init is not None:
-            adapter.load_state_dict(read_weights(self.init / WEIGHTS))
-        elif "reader" in config:
-            adapter.qformer.load_state_dict(read_weights(Path(config["reader"].format(kind=self.kind))))
+        start = self.init or (Path(config["start"].format(kind=self.kind)) if "start" in config else None)
+        if start is not None:
+            adapter.load_state_dict(read_weights(start / WEIGHTS))
         return Personalizer(stock.to(device), adapter.float(), encoder), NestedAttentionPipeline(preset, stock, {}, {}, device)
 
     def task(self, model: Personalizer, pipe: NestedAttentionPipeline, stage: dict[str, Any]) -> AdapterTask:

@@ -53,7 +53,7 @@ class PersonalPictures(Dataset):
         return {
             "pixels": pixels, "input_ids": input_ids[None], "columns": columns[0].float(), "reference": to_tensor(reference),
             "weights": self.patches((weights / weights.mean()).expand(3, -1, -1)),
-            "level": chance["level"], "noise": self.patches(chance["noise"]),
+            "level": chance["level"], "noise": self.patches(chance["noise"]), "square": torch.tensor(drawn.picture.subjects[which].square()),
         }  # fmt: skip
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
