@@ -6,7 +6,7 @@ subject is visible, its noun should get a share of the cross-attention, elsewher
 makes the model's own attention a true map of who is where; without it little of a picture hangs on the noun's value,
 which is all that a nested adapter may change later. A third term aligns: what the U-Net's middle holds of the noisy picture
 should tell what the frozen image encoder sees in the clean one (REPA, arXiv 2410.06940). The pixels of a tail or a fur's
-pattern are few, and without being asked for them a small model draws the mean of all.
+marking are few, and without being asked for them a small model draws the mean of all.
 """
 
 import argparse

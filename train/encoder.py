@@ -1,7 +1,7 @@
 """The frozen image encoder: `python -m train.encoder --config train/configs/storybook.toml`.
 
 It learns from pairs of pictures of one identity, read by a Q-Former of the adapters' size: what that reads of the two
-should find each other in a batch (InfoNCE) and say what stays of a subject (kind, hair, fur pattern, ...), and every
+should find each other in a batch (InfoNCE) and say what stays of a subject (kind, hair, fur, ...), and every
 patch should know which part it shows, so that its features stay local. Then it is frozen; adapters read its last hidden
 layer.
 """

@@ -16,7 +16,7 @@ from train.storybook.sampling import sample_picture
 
 DETAILS = {  # weight of a pixel in the loss by its part: small parts count for more than their area
     "eyes": 5.0, "mouth": 5.0, "brows": 3.0, "beard": 2.0, "accessory": 3.0, "emblem": 3.0, "load": 2.0,
-    "garment": 2.0, "pattern": 1.5, "hair": 1.5,
+    "garment": 2.0, "marking": 1.5, "hair": 1.5,
 }  # fmt: skip
 
 

@@ -7,16 +7,13 @@ from train.storybook.kinds.base import Kind, Values, article
 from train.storybook.layers import Drawing
 from train.storybook.palette import GARMENT, HAIR, SKIN
 
-HAIRCUTS = {
-    "long": ("bigHair", "bob", "bun", "curly", "curvy", "dreads", "longButNotTooLong", "miaWallace", "straight01", "straight02", "straightAndStrand"),
-    "either": ("fro", "shaggy", "shaggyMullet", "shavedSides", "dreads02"),
-    "short": ("dreads01", "frizzle", "shortCurly", "shortFlat", "shortRound", "shortWaved", "sides", "theCaesar"),
-}  # fmt: skip
-BEARDS = {
-    "none": "", "light": "beardLight", "medium": "beardMedium", "majestic": "beardMajestic",
-    "moustache": "moustacheMagnum", "curled moustache": "moustacheFancy",
-}  # fmt: skip
-BROWS = {"soft": "defaultNatural", "thin": "default", "flat": "flatNatural", "joined": "unibrowNatural"}
+HAIRCUTS = {  # each with an outline of its own
+    "long": ("bob", "bun", "curly", "dreads", "straight02"),
+    "either": ("fro", "shaggy", "shaggyMullet", "dreads02"),
+    "short": ("frizzle", "sides", "theCaesar"),
+}
+BEARDS = {"none": "", "light": "beardLight", "majestic": "beardMajestic", "moustache": "moustacheMagnum"}
+BROWS = {"soft": "defaultNatural", "flat": "flatNatural", "joined": "unibrowNatural"}
 EXPRESSIONS = {  # eyes, mouth
     "neutral": ("default", "serious"), "smiling": ("happy", "smile"), "crying": ("cry", "sad"),
     "surprised": ("surprised", "disbelief"), "winking": ("wink", "tongue"), "sleepy": ("closed", "twinkle"),
