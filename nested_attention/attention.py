@@ -72,14 +72,14 @@ class LayerSubject:
         return self.columns * self.token_weight.log()
 
 
-def nested_logits(query: Tensor, key: Tensor) -> Tensor:
-    """How well each nested key answers each query: `(B, heads, HW, N)`."""
+def attention_logits(query: Tensor, key: Tensor) -> Tensor:
+    """How well each of `n` keys answers each query, before the softmax: `(B, heads, HW, n)`."""
     return query @ key.mT * query.shape[-1] ** -0.5
 
 
 def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
     """Which nested token answers each query: `(B, heads, HW, N)`, rows sum to 1."""
-    logits = nested_logits(query, subject.key)
+    logits = attention_logits(query, subject.key)
     if subject.answering is not None:
         logits = logits.masked_fill(~subject.answering, float("-inf"))
     return logits.softmax(-1)
@@ -87,7 +87,7 @@ def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
 
 def outer_probabilities(query: Tensor, key: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
     """How each query divides its attention among the words: `(B, heads, HW, L)`, rows sum to 1."""
-    logits = query @ key.mT * query.shape[-1] ** -0.5
+    logits = attention_logits(query, key)
     for subject in subjects:
         logits = logits + subject.log_weight()[:, None, None].to(logits.dtype)
     return logits.softmax(-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nested_attention.adapters import cross_attention_layers, save_adapter
-from nested_attention.attention import nested_logits
+from nested_attention.attention import attention_logits
 from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective
@@ -69,7 +69,7 @@ class KeysLesson(nn.Module):
         logits = []
         for name, (key, _) in self.model.adapter.project(tokens).items():
             query = self.queries.pop(name).unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
-            logits.append(nested_logits(query, key))
+            logits.append(attention_logits(query, key))
         return logits
 
 
