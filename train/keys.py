@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nested_attention.adapters import cross_attention_layers, save_adapter
+from nested_attention.adapters import cross_attention_layers, read_weights, save_adapter
 from nested_attention.attention import attention_logits
 from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
@@ -108,7 +107,7 @@ def main() -> None:
     config = {name: value for name, value in whole["adapter"].items() if name != "start"}
     torch.manual_seed(0)
     model, _ = Job(options.kind, options.kind, "storybook", None, None, None, out, config).model()
-    model.adapter.qformer.load_state_dict(load_file(Path(whole["keys"]["reader"].format(kind=options.kind))))
+    model.adapter.qformer.load_state_dict(read_weights(Path(whole["keys"]["reader"].format(kind=options.kind))))
     task = KeysTask(KeysLesson(model), options.kind, Diffusion(**config["diffusion"]))
     learned = fit(task, LoopConfig(**whole["keys"]["loop"]), out, {"adapter": asdict(model.adapter.config)})
     task.model.load_state_dict(learned, strict=False)

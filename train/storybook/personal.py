@@ -28,7 +28,7 @@ class PersonalPictures(Dataset):
     base can be told. Pixels weigh as in the base's training, and less where the subject does not stand: there an adapter
     has nothing to say. (Within its square no part of it may weigh more than for the base: with hair at three times the
     weight of what is behind it, a face that may have long hair gets long hair.) Noise and weights have the layout of
-    the base's latents: `patch` x `patch` pixels in channels.
+    the base's latents: `patch` x `patch` pixels in channels. `square`: left, top and side of the subject's, in pixels.
     """
 
     def __init__(self, kind: str, split: str, tokenizer: CLIPTokenizer, length: int, diffusion: Diffusion, patch: int):
