@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     with spoken_at_exit():
         pipe = NestedAttentionPipeline.from_pretrained(options.base, options.adapter, options.device)
-    page = build_app(Studio(pipe))
+    page = build_app(Studio(pipe, options.adapter))
     page.queue(max_size=20, default_concurrency_limit=2)
     page.launch(
         theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=options.port, share=options.share, max_file_size="40mb",

@@ -106,7 +106,7 @@ class Adapter(nn.Module):
         self.names = tuple(layers)
         self.qformer = QFormer(config.qformer)
         self.layers = nn.ModuleList(NestedLayer(attention) for attention in layers.values())
-        self.revision = ""  # content hash of the weights file, once loaded or saved
+        self.revision = ""  # content hash of the weights file, once loaded
 
     def project(self, tokens: Tensor) -> LayerKV:
         """Subject tokens `(B, N, C)` -> keys and values of every layer. They do not depend on the step."""

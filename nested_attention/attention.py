@@ -53,14 +53,17 @@ class LayerSubject:
     value_norm: ValueNorm = "none"
     answering: Tensor | None = None
 
+    def word_value(self, value: Tensor) -> Tensor:
+        """V[s], the mean over its columns: `(B, heads, 1, d)`."""
+        share = self.columns / self.columns.sum(1, keepdim=True).clamp(min=1)
+        return share.to(value.dtype)[:, None, None] @ value
+
     def factor(self, nested: Tensor, value: Tensor) -> Tensor:
         """v~ / v*, of a shape that broadcasts to `nested (B, heads, HW, d)`, which is v*; `value (B, heads, L, d)` is the text's."""
         if self.value_norm == "none":
             return self.lam.to(nested.dtype)
-        share = self.columns / self.columns.sum(1, keepdim=True).clamp(min=1)
-        word = share.to(value.dtype)[:, None, None] @ value  # (B, heads, 1, d)
         over = (1, 3) if self.value_norm == "full" else (3,)
-        norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32) for x in (word, nested)]
+        norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32) for x in (self.word_value(value), nested)]
         return (self.lam * norms[0] / norms[1].clamp(min=1e-6)).to(nested.dtype)
 
     def scaled(self, nested: Tensor, value: Tensor) -> Tensor:
@@ -105,6 +108,8 @@ def plain(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSub
 
 def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
     """The same as `plain` by fused attention; nothing of size HW x L x d exists."""
+    if not subjects:
+        return F.scaled_dot_product_attention(query, key, value)
     batch, heads, _, d = query.shape
     width = -(-(d + len(subjects)) // 8) * 8  # fused kernels like widths that 8 divides
 

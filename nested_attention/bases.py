@@ -9,19 +9,20 @@ from pathlib import Path
 from nested_attention.errors import NestedAttentionError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.py"]  # what is fetched of a base: no pickles
+INDEX = "model_index.json"  # names a base's architecture and its parts
 
 
 @dataclass(frozen=True)
 class FewSteps:
     """A LoRA that makes a base draw in few steps, and the scheduler it was distilled for.
 
-    `file` of the Hub repo `repo` at `revision`; `scheduler`: a class of diffusers, with the settings `config`.
+    `file`, of `gigabytes`, of the Hub repo `repo` at `revision`; `scheduler`: a class of diffusers, with the settings `config`.
     """
 
     repo: str
     revision: str | None
     file: str
+    gigabytes: float
     scheduler: str
     config: Mapping[str, str]
 
@@ -41,6 +42,8 @@ class Base:
         fast_steps: enough for a quick look.
         size: default side in pixels. `sizes`: smallest and largest side, and what both sides are multiples of.
         gigabytes: of weights in 16 bit, to be downloaded and to be held.
+        adapter_gigabytes: of an adapter as large as the released one, in 16 bit; of those that come along.
+        subject_gigabytes: of its image encoder, and of the keys and values of one picture.
         teraflops: of one step with guidance at the default size, multiplications and additions counted apart.
         licence: of the weights.
         few_steps: what lets this preset draw in few steps, or None.
@@ -59,6 +62,8 @@ class Base:
     size: int
     sizes: tuple[int, int, int]
     gigabytes: float
+    adapter_gigabytes: float
+    subject_gigabytes: float
     teraflops: float
     licence: str
     few_steps: FewSteps | None = None
@@ -69,18 +74,19 @@ BASES = {
     for base in (
         Base(
             "storybook", "StableDiffusionPipeline", str(ASSETS / "storybook/base"), None, None, ASSETS / "storybook/adapters",
-            steps=24, fast_steps=10, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07, teraflops=0.015, licence="MIT",
+            steps=24, fast_steps=10, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07,
+            adapter_gigabytes=0.02, subject_gigabytes=0.01, teraflops=0.015, licence="MIT",
         ),
         Base(
             "sd15", "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
             "fp16", None, steps=30, fast_steps=12, guidance_scale=7.0, negative_prompt="", size=512, sizes=(256, 1024, 8),
-            gigabytes=2.1, teraflops=1.6, licence="CreativeML Open RAIL-M",
+            gigabytes=2.7, adapter_gigabytes=0.2, subject_gigabytes=1.3, teraflops=1.6, licence="CreativeML Open RAIL-M",
         ),
         Base(
             "sdxl", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
             "fp16", None, steps=30, fast_steps=12, guidance_scale=5.0,
             negative_prompt="bad anatomy, monochrome, lowres, worst quality, low quality", size=1024, sizes=(512, 2048, 8),
-            gigabytes=6.9, teraflops=25.0, licence="CreativeML Open RAIL++-M",
+            gigabytes=6.9, adapter_gigabytes=0.9, subject_gigabytes=1.6, teraflops=25.0, licence="CreativeML Open RAIL++-M",
         ),
     )
 }  # fmt: skip
@@ -91,17 +97,17 @@ BASES |= {  # the same bases in few steps
         replace(
             BASES["sdxl"], name="sdxl-lightning", teraflops=12.5, steps=4, fast_steps=4, guidance_scale=1.0,
             few_steps=FewSteps(
-                "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", "sdxl_lightning_4step_lora.safetensors",
+                "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", "sdxl_lightning_4step_lora.safetensors", 0.4,
                 "EulerDiscreteScheduler", {"timestep_spacing": "trailing"},
             ),
         ),
         replace(
             BASES["sdxl"], name="sdxl-lcm", steps=6, fast_steps=4, guidance_scale=1.5,
-            few_steps=FewSteps("latent-consistency/lcm-lora-sdxl", None, LCM_FILE, "LCMScheduler", {}),
+            few_steps=FewSteps("latent-consistency/lcm-lora-sdxl", None, LCM_FILE, 0.4, "LCMScheduler", {}),
         ),
         replace(
             BASES["sd15"], name="sd15-lcm", steps=6, fast_steps=4, guidance_scale=1.5,
-            few_steps=FewSteps("latent-consistency/lcm-lora-sdv1-5", None, LCM_FILE, "LCMScheduler", {}),
+            few_steps=FewSteps("latent-consistency/lcm-lora-sdv1-5", None, LCM_FILE, 0.1, "LCMScheduler", {}),
         ),
     )
 }  # fmt: skip
@@ -118,9 +124,10 @@ def find_base(name: str) -> Base:
     """
     if name in BASES:
         return BASES[name]
-    index = Path(name) / "model_index.json"
+    index = Path(name) / INDEX
     if index.is_file():
-        return replace(of_architecture(name, index), name=name, source=str(Path(name).resolve()), revision=None, variant=None)
+        folder = str(Path(name).resolve())
+        return replace(of_architecture(name, index), name=name, source=folder, revision=None, variant=None, licence="see its source")
     repo, _, revision = name.partition("@")
     if repo.count("/") == 1 and not Path(name).exists():
         return replace(BASES["sdxl"], name=name, source=repo, revision=revision or None, variant=None, licence="see its page on the Hub")
@@ -133,10 +140,12 @@ def of_architecture(name: str, index: Path) -> Base:
     """The preset with the architecture that `model_index.json` names.
 
     Raises:
-        NestedAttentionError: the architecture is another one, such as FLUX or SD3, or the file is damaged.
+        NestedAttentionError: the architecture is another one, such as FLUX or SD3, or the file is missing or damaged.
     """
     try:
         found = json.loads(index.read_text())["_class_name"]
+    except FileNotFoundError as error:
+        raise NestedAttentionError(f"{name} has no {INDEX}, so it is no diffusers pipeline; choose one that is.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise NestedAttentionError(f"{index} is damaged; download {name} again.") from error
     if found not in ARCHITECTURES:
@@ -145,3 +154,8 @@ def of_architecture(name: str, index: Path) -> Base:
             "Choose a model of one of these."
         )
     return ARCHITECTURES[found]
+
+
+def parts(index: Path) -> list[str]:
+    """The folders of a base's parts, which `model_index.json` names with the library and class of each."""
+    return [name for name, made_by in json.loads(index.read_text()).items() if isinstance(made_by, list) and made_by[0]]

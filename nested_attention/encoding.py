@@ -1,5 +1,6 @@
 """Encoding one picture: square, features, tokens, and the nested keys and values of every layer, once."""
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
@@ -8,6 +9,7 @@ from threading import Lock
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
@@ -27,33 +29,51 @@ def image_pixels(picture: Image.Image, config: ImageConfig) -> Tensor:
 
 
 class ImageEncoders:
-    """The frozen image encoders of the adapters, each loaded once, when first asked for."""
+    """The frozen image encoders of the adapters, each loaded once, when first asked for.
+
+    An adapter names a folder relative to its own, or a repo `user/name` on the Hub.
+    """
 
     def __init__(self, folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype):
         self._folders, self._device, self._dtype = folders, device, dtype
-        self._loaded: dict[str, PreTrainedModel] = {}
+        self._loaded: dict[tuple[str, str, str | None], PreTrainedModel] = {}
         self._lock = Lock()
 
     def get(self, config: AdapterConfig) -> PreTrainedModel:
-        source = config.image_encoder
+        """The image encoder that `config` names.
+
+        Raises:
+            NestedAttentionError: it is missing or damaged, or cannot be fetched.
+        """
+        source = config.image_encoder, config.image_subfolder, config.image_revision
         with self._lock:
             if source not in self._loaded:
-                path = (self._folders[config.kind] / source).resolve()
-                if not path.is_dir() and not source.startswith("."):  # a repo on the Hub
-                    path = fetch(source, config.image_revision, [f"{config.image_subfolder}/*"])
+                path = self._folder(config)
                 try:
-                    encoder = load_image_encoder(path / config.image_subfolder)
-                except (OSError, ValueError, RuntimeError) as error:
+                    encoder = load_image_encoder(path)
+                except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                     raise NestedAttentionError(f"the image encoder {path} cannot be loaded ({error}); {get_back(path)}.") from error
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
+
+    def _folder(self, config: AdapterConfig) -> Path:
+        path = (self._folders[config.kind] / config.image_encoder).resolve()
+        if not path.is_dir() and re.fullmatch(r"[^/.][^/]*/[^/]+", config.image_encoder):
+            path = fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder))
+        return path / config.image_subfolder
+
+
+def encoder_files(folder: str) -> list[str]:
+    """The files of an image encoder that are loaded, below `folder` of a repo; "" for the repo itself."""
+    names = "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
+    return [f"{folder}/{name}" if folder else name for name in names]
 
 
 def load_image_encoder(folder: Path) -> PreTrainedModel:
     """Any image model of transformers that gives hidden states; of a CLIP that reads text too, the half that sees."""
     if AutoConfig.from_pretrained(folder).model_type.startswith("clip"):
-        return CLIPVisionModelWithProjection.from_pretrained(folder)
-    return AutoModel.from_pretrained(folder)
+        return CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
+    return AutoModel.from_pretrained(folder, use_safetensors=True)
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants
 
 
 class NestedAttentionError(ValueError):
@@ -9,7 +12,12 @@ class NestedAttentionError(ValueError):
 
 
 def get_back(path: object) -> str:
-    """How to get a lost or damaged file back: shipped ones from git, others from where they came."""
+    """How to get a lost or damaged file or folder back: from the Hub again, shipped ones from git, others from where they came."""
+    here = Path(str(path))
+    ours = Path(constants.HF_HOME) / "nested_attention"  # what was made of a download
+    for folder in (here, *here.parents):
+        if folder.name.startswith("models--") or folder.parent == ours:  # so the Hub's cache calls a repo's folder
+            return f"delete {folder} and start again, so that it is downloaded anew"
     return f"get it back with `git checkout -- {path}` or download it again"
 
 

@@ -51,7 +51,9 @@ class Face:
 
 
 def find_faces(image: Image.Image, kind: str, may_download: bool = False) -> list[Face]:
-    """The faces of people or cats in an RGB picture, the largest first; empty for other kinds and where there is none.
+    """The faces of people, cats or pets in an RGB picture, the largest first; empty for other kinds and where there is none.
+
+    Of pets only cats' faces can be found.
 
     `may_download`: insightface's models may be fetched if they are not there.
     """
@@ -202,10 +204,8 @@ class Search:
     sure: int
 
 
-SEARCHES = {
-    "person": Search("haarcascade_frontalface_alt2.xml", 768, 0.06, 30, 30),
-    "cat": Search("haarcascade_frontalcatface_extended.xml", 256, 0.2, 10, 40),
-}
+CAT = Search("haarcascade_frontalcatface_extended.xml", 256, 0.2, 10, 40)
+SEARCHES = {"person": Search("haarcascade_frontalface_alt2.xml", 768, 0.06, 30, 30), "cat": CAT, "pet": CAT}
 TURNS = (0, -12, 12, 90, -90, 180, 78, 102, -78, -102, 168, -168)  # degrees
 ALSO = 0.05  # further faces need this share of the best one's votes
 

@@ -5,12 +5,12 @@ used from then on. Delete the entry to follow the repo again.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -35,36 +35,52 @@ def record_file() -> Path:
     return Path(constants.HF_HOME) / "nested_attention" / "revisions.json"
 
 
-def commit_of(repo: str) -> str:
-    """The recorded commit of `repo`; at the first time the newest one, which is then recorded."""
+def recorded_commits() -> dict[str, str]:
+    """Repo -> commit, as recorded.
+
+    Raises:
+        NestedAttentionError: the file is damaged.
+    """
     path = record_file()
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise NestedAttentionError(
+            f"{path}, which only records the commits that repos were first fetched at, is damaged; delete it and start again."
+        ) from error
+
+
+def commit_of(repo: str, local: bool = False) -> str:
+    """The recorded commit of `repo`; at the first time the newest one, which is then recorded. `local`: nobody is asked.
+
+    Raises:
+        NestedAttentionError: none is recorded, and the Hub does not tell.
+    """
+    recorded = recorded_commits()
     if repo not in recorded:
+        if local:
+            raise NestedAttentionError(f"{repo} was never fetched to this machine; connect to the Hub to fetch it.")
         with spoken_errors(repo):
-            recorded[repo] = HfApi().model_info(repo).sha
-        with replaced(path) as fresh:
+            recorded[repo] = str(HfApi().model_info(repo).sha)
+        with replaced(record_file()) as fresh:
             fresh.write_text(json.dumps(recorded, indent=1) + "\n")
     return recorded[repo]
 
 
-def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """The files of `repo` that match `patterns`, at `revision` or the recorded commit, as a local folder.
+def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequence[str] = (), local: bool = False) -> Path:
+    """The files of `repo` that match `patterns` and none of `but`, at `revision` or the recorded commit, as a local folder.
 
-    What is in the cache is not fetched again; an interrupted download goes on where it stopped.
+    What is in the cache is not fetched again; an interrupted download goes on where it stopped. In patterns `*` stands
+    for slashes too. `local`: nothing is fetched, and nobody asked.
 
     Raises:
-        NestedAttentionError: no such repo or revision, no access, no network, or no room on the disk.
+        NestedAttentionError: no such repo or revision, no access, no network, or no room on the disk; with `local`,
+            a file is missing.
     """
-    revision = revision or commit_of(repo)
+    revision = revision or commit_of(repo, local)
     with spoken_errors(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-
-
-def is_here(repo: str, revision: str | None) -> bool:
-    """True if a diffusers repo lies in the cache, at `revision` or the recorded commit. Asks nobody."""
-    recorded = json.loads(record_file().read_text()) if record_file().exists() else {}
-    commit = revision or recorded.get(repo)
-    return commit is not None and isinstance(try_to_load_from_cache(repo, "model_index.json", revision=commit), str)
+        chosen = {"allow_patterns": list(patterns), "ignore_patterns": list(but)}
+        return Path(snapshot_download(repo, revision=revision, local_files_only=local, **chosen))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Untrusted bytes, files or arrays -> one upright RGB picture, or one sentence that says why not."""
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ MAX_MEGAPIXELS = 40.0
 MIN_SIDE = 16
 MAX_ASPECT = 8.0
 WHITE = (255, 255, 255)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # nothing that runs another program, as EPS does
 
 
 def read_image(source: ImageSource, name: str = "the picture") -> Image.Image:
@@ -48,7 +50,7 @@ def read_image(source: ImageSource, name: str = "the picture") -> Image.Image:
         raise NestedAttentionError(f"{name} is {width} x {height} pixels, a strip rather than a picture; crop it to the subject first.")
     try:
         return _upright_rgb(image)
-    except (OSError, SyntaxError, ValueError, MemoryError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error) as error:
         raise NestedAttentionError(f"{name} is damaged or cut off and cannot be read; save it again as PNG or JPEG.") from error
 
 
@@ -66,7 +68,7 @@ def _open(source: ImageSource, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError as error:
         raise NestedAttentionError(f"there is no file {name}; check the path.") from error
     except Image.DecompressionBombError as error:

@@ -12,9 +12,12 @@ from safetensors import SafetensorError
 
 from nested_attention import released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import ASSETS, FILES, Base, FewSteps, find_base, of_architecture
+from nested_attention.bases import ASSETS, INDEX, Base, FewSteps, find_base, of_architecture, parts
+from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.hub import fetch
+
+HALF = "fp16"  # how diffusers names weight files in 16 bit
 
 
 def best_device() -> torch.device:
@@ -27,7 +30,7 @@ def usable_device(wanted: str | torch.device | None) -> torch.device:
     """`wanted`, or the best there is.
 
     Raises:
-        NestedAttentionError: CUDA or MPS was asked for and is not there, or there is no such kind of device.
+        NestedAttentionError: CUDA or MPS was asked for and is not there, or there is no such device.
     """
     if wanted is None:
         return best_device()
@@ -39,6 +42,10 @@ def usable_device(wanted: str | torch.device | None) -> torch.device:
     if not there.get(device.type, False):
         raise NestedAttentionError(
             f'{device.type} was asked for, but PyTorch finds none on this machine; use device="{best_device().type}".'
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise NestedAttentionError(
+            f"{device} was asked for, but the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}; name one that is there."
         )
     return device
 
@@ -59,30 +66,48 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
-def base_folder(base: Base) -> Path:
-    """The folder of a base model, fetched if it is on the Hub.
+def base_folder(base: Base, local: bool = False) -> Path:
+    """The folder of a base model. Of one on the Hub only what is loaded is fetched: of each part one set of safetensors.
+
+    `local`: nothing is fetched, and nobody asked.
 
     Raises:
-        NestedAttentionError: it is not there and cannot be fetched.
+        NestedAttentionError: it is not there and cannot be fetched, or is of another architecture.
     """
     folder = Path(base.source)
-    if not folder.is_absolute():
-        return fetch(base.source, base.revision, FILES)
-    if not (folder / "model_index.json").is_file():
-        raise NestedAttentionError(f"the base model {base.name} is not in {folder}; {get_back(folder)}.")
+    if folder.is_absolute():
+        if not (folder / INDEX).is_file():
+            raise NestedAttentionError(f"the base model {base.name} is not in {folder}; {get_back(folder)}.")
+        return folder
+    index = fetch(base.source, base.revision, [INDEX], local=local) / INDEX
+    of_architecture(base.name, index)  # before gigabytes of something else are fetched
+    weights = f".{base.variant}*.safetensors" if base.variant else ".safetensors"
+    wanted = [f"{part}/*{ending}" for part in parts(index) for ending in (".json", ".txt", weights)]
+    folder = fetch(base.source, base.revision, wanted, [] if base.variant else ["*.*.safetensors"], local)  # two dots: a variant
+    bare = [part for part in parts(index) if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors"))]
+    if bare:  # some repos have nothing but weights in 16 bit
+        fetch(base.source, base.revision, [f"{part}/*.{HALF}*.safetensors" for part in bare], local=local)
     return folder
+
+
+def variant_of(base: Base, folder: Path) -> str | None:
+    """Which weight files to load: the preset's, or those in 16 bit where a part has no others."""
+    weights = ([path.name for path in (folder / part).glob("*.safetensors")] for part in parts(folder / INDEX))
+    halved = any(names and all(f".{HALF}" in name for name in names) for names in weights)
+    return base.variant or (HALF if halved else None)
 
 
 def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     """The preset and its stock diffusers pipeline, frozen, in the machine's memory, in `dtype`."""
     preset = find_base(name)
     folder = base_folder(preset)
-    architecture = of_architecture(preset.name, folder / "model_index.json")
+    architecture = of_architecture(preset.name, folder / INDEX)
     if architecture.pipeline != preset.pipeline:
-        preset = replace(architecture, name=preset.name, source=preset.source, revision=preset.revision, variant=preset.variant)
+        own = {name: getattr(preset, name) for name in ("name", "source", "revision", "variant", "licence")}
+        preset = replace(architecture, **own)
     try:
         stock = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, variant=preset.variant,
+            folder, torch_dtype=dtype, variant=variant_of(preset, folder),
             trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -95,13 +120,18 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     return preset, stock
 
 
+def few_steps_folder(few: FewSteps, local: bool = False) -> Path:
+    """The folder with the LoRA of `few`, fetched if it is on the Hub, unless `local`."""
+    return Path(few.repo) if Path(few.repo).is_dir() else fetch(few.repo, few.revision, [few.file], local=local)
+
+
 def make_quick(stock: DiffusionPipeline, few: FewSteps) -> None:
     """Fuses a few-step LoRA into `stock` and gives it the scheduler that belongs to it.
 
     Raises:
         NestedAttentionError: the LoRA cannot be had or does not fit.
     """
-    folder = Path(few.repo) if Path(few.repo).is_dir() else fetch(few.repo, few.revision, [few.file])
+    folder = few_steps_folder(few)
     try:
         stock.load_lora_weights(folder, weight_name=few.file)
         stock.fuse_lora()
@@ -120,7 +150,7 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
     repo, _, revision = str(adapter).partition("@")
     if Path(adapter).exists() or repo.count("/") != 1:
         return Path(adapter)
-    return fetch(repo, revision or None, [CONFIG, WEIGHTS, "image_encoder/*"])
+    return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])
 
 
 def load_adapters(

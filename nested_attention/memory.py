@@ -2,11 +2,13 @@
 
 The rung is chosen from the free memory of the device when a base is loaded. After an out-of-memory error the pipeline
 steps down once, says so, and tries again. Fused attention holds no scores, so slices save most where it is missing (MPS).
+A CPU works in the memory where the weights lie already, so it stays on the first rung.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 
@@ -69,14 +71,23 @@ LADDER = (
 )
 
 
-def free_gigabytes(device: torch.device) -> float | None:
-    """Free memory of a GPU; None where it is not counted apart from the machine's."""
-    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+def free_gigabytes(device: torch.device) -> float:
+    """Free memory of a device: of a GPU its own, of MPS what the system grants it, of a CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    if device.type == "mps":
+        return (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) / 1e9
+    return psutil.virtual_memory().available / 1e9
 
 
-def choose(base: Base, free: float | None) -> int:
-    """The number of the first rung that fits into `free` gigabytes, the last one if none does."""
-    if free is None:
+def needed(base: Base, rung: Rung, dtype: torch.dtype) -> float:
+    """Gigabytes on the device for the base and a subject of full size, without the adapter, in `dtype`."""
+    return (base.gigabytes * (rung.share + WORKING) + base.subject_gigabytes) * dtype.itemsize / 2
+
+
+def choose(base: Base, free: float, device: torch.device, dtype: torch.dtype) -> int:
+    """The number of the first rung that fits into `free` gigabytes of `device`, the last one if none does."""
+    if device.type == "cpu":
         return 0
-    fits = (number for number, rung in enumerate(LADDER) if base.gigabytes * (rung.share + WORKING) <= free)
+    fits = (number for number, rung in enumerate(LADDER) if needed(base, rung, dtype) <= free)
     return next(fits, len(LADDER) - 1)

@@ -7,6 +7,7 @@ object around the shared modules, and carries its subjects in `cross_attention_k
 import queue
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class NestedAttentionPipeline:
         self.rung = rung  # of `memory.LADDER`
         self.image_encoders = ImageEncoders(folders, self.device, stock.unet.dtype)
         self.cache = SubjectCache()
+        self.decoding = threading.Lock()
         stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
 
     @classmethod
@@ -81,10 +83,9 @@ class NestedAttentionPipeline:
         preset, stock = load_base(base, dtype or best_dtype(target))
         folders, adapters = load_adapters(preset, stock.unet, adapter, target)
         free = free_gigabytes(target)
-        pipe = cls(preset, stock, adapters, folders, target, choose(preset, free))
+        pipe = cls(preset, stock, adapters, folders, target, choose(preset, free, target, stock.unet.dtype))
         LADDER[pipe.rung].place(stock, target)
-        if free is not None:
-            print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}")
+        print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}")
         return pipe
 
     @property
@@ -141,16 +142,14 @@ class NestedAttentionPipeline:
         filled = fill(prompt, words_of(subjects))
         columns = [self._columns(filled, subject) for subject in subjects]
         condition = self._condition(checked, subjects, columns, maps or active_trace(self))
-        try:
-            images = self._run(checked, filled.text, condition, callback)
-        except torch.cuda.OutOfMemoryError:
-            if self.rung == len(LADDER) - 1:
-                raise NestedAttentionError(
-                    f"{self.device} has too little memory for {checked.num_images} pictures of {checked.width} x {checked.height}; "
-                    "ask for fewer or smaller ones, or close what else uses it."
-                ) from None
-            condition = self._step_down(condition)
-            images = self._run(checked, filled.text, condition, callback)
+        images = self._within_memory(checked, filled.text, condition, callback)
+        if images is None and self.rung < len(LADDER) - 1:
+            images = self._within_memory(checked, filled.text, self._step_down(condition), callback)
+        if images is None:
+            raise NestedAttentionError(
+                f"{self.device} has too little memory for {checked.num_images} pictures of {checked.width} x {checked.height}; "
+                "ask for fewer or smaller ones, or close what else uses it."
+            )
         return Generation(images, checked)
 
     def stream(
@@ -228,10 +227,18 @@ class NestedAttentionPipeline:
             condition.recorder.forget()
         return replace(condition, slice=LADDER[self.rung].slice)
 
+    def _within_memory(self, *request: Any) -> list[Image.Image] | None:
+        """What `_run` gives, or None if the device's memory does not suffice. Leaving `except` lets go of what filled it."""
+        try:
+            return self._run(*request)
+        except torch.OutOfMemoryError:
+            return None
+
     def _run(
         self, settings: Settings, text: str, condition: NestedCondition, callback: Callable[[Progress], None] | None
     ) -> list[Image.Image]:
         stock = own_copy(self.stock)
+        until_drawn = ExitStack()
 
         def after_step(_: object, step: int, timestep: object, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if condition.recorder is not None:
@@ -239,15 +246,18 @@ class NestedAttentionPipeline:
             if callback is not None:
                 latents = kwargs["latents"]
                 callback(Progress(step + 1, settings.steps, lambda: preview(stock, latents)))
+            if step + 1 == stock.num_timesteps:  # what follows is decoding, for which SDXL's shared VAE changes its dtype and back
+                until_drawn.enter_context(self.decoding)
             return kwargs
 
         generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.num_images)]
-        return stock(
-            prompt=text, negative_prompt=settings.negative_prompt, height=settings.height, width=settings.width,
-            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
-            num_images_per_prompt=settings.num_images, generator=generators,
-            cross_attention_kwargs={"nested": condition}, callback_on_step_end=after_step,
-        ).images  # fmt: skip
+        with until_drawn:
+            return stock(
+                prompt=text, negative_prompt=settings.negative_prompt, height=settings.height, width=settings.width,
+                num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+                num_images_per_prompt=settings.num_images, generator=generators,
+                cross_attention_kwargs={"nested": condition}, callback_on_step_end=after_step,
+            ).images  # fmt: skip
 
 
 def words_of(subjects: Sequence[Subject]) -> dict[str, str]:

@@ -57,14 +57,20 @@ def fill(prompt: str, words: Mapping[str, str]) -> Prompt:
         raise NestedAttentionError(
             f'the prompt does not say where {", ".join(unused)} should be; write it into the prompt, as in "{unused[0]} on the beach".'
         )
-    pieces: list[str] = []
+    text, end = "", 0
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in words}
-    end = length = 0
     for match in PLACEHOLDER.finditer(prompt):
-        before, word = prompt[end : match.start()], words[match.group().lower()]
-        length += len(before)
-        spans[match.group().lower()].append((length, length + len(word)))
-        length += len(word)
-        pieces += [before, word]
+        name = match.group().lower()
+        text = apart(text + prompt[end : match.start()])
+        spans[name].append((len(text), len(text) + len(words[name])))
+        text += words[name]
         end = match.end()
-    return Prompt("".join([*pieces, prompt[end:]]), {name: tuple(places) for name, places in spans.items()})
+        if prompt[end : end + 1].isalpha():
+            text += " "
+    return Prompt(text + prompt[end:], {name: tuple(places) for name, places in spans.items()})
+
+
+def apart(text: str) -> str:
+    """`text` with a space where the tokenizer would read its end and a word behind it as one: after a letter, and after an
+    apostrophe, which takes a first letter as in "it's"."""
+    return text + " " if text[-1:].isalpha() or text.endswith("'") else text

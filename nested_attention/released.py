@@ -3,7 +3,8 @@
 The released file is one flat dict. Its exact names are not certain, so they are recognized by shape and order: the
 resampler below `image_proj_model.` or `image_proj.`, then per cross-attention layer two 2-D weights below
 `adapter_modules.<i>.` or `ip_adapter.<i>.`, where i is either the position among the U-Net's attention processors
-(1, 3, 5, ...) or counts 0, 1, 2, ... Sizes are inferred; whatever is missing or left over is listed, all of it.
+(1, 3, 5, ...) or counts 0, 1, 2, ... Sizes are inferred; whatever is missing or left over is listed, all of it, by the
+names that the file uses.
 """
 
 import argparse
@@ -15,16 +16,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from nested_attention.adapters import Adapter, AdapterConfig, cross_attention_layers, read_weights
+from nested_attention.adapters import CONFIG, Adapter, AdapterConfig, cross_attention_layers, read_config, read_weights
 from nested_attention.encoder import CLIP_VIT_H, QFormerConfig
 from nested_attention.errors import NestedAttentionError
 from nested_attention.hub import commit_of, fetch
 
 REPO = "orpatashnik/NestedAttentionEncoder"
+FILE = "personalization_encoder/model.safetensors"
 LICENCE = "CC-BY-NC-SA-4.0"
 HEAD_DIM = 64
-QFORMER_NAMES = re.compile(r"^(?:image_proj_model|image_proj)\.(.+)$")
-LAYER_NAMES = re.compile(r"^(?:adapter_modules|ip_adapter)\.(\d+)\.(.+)$")
+QFORMER_PREFIXES, LAYER_PREFIXES = ("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter.")
+KEY_NAMES, VALUE_NAMES = {"k", "wk", "key"}, {"v", "wv", "value"}
 RESAMPLER = (  # a name in the released file -> ours; {j} is the layer
     ("latents", "latents"),
     ("proj_in.weight", "proj_in.weight"),
@@ -74,33 +76,37 @@ def sort_released(tensors: dict[str, Tensor], layers: int) -> Released:
     Raises:
         NestedAttentionError: with the full list of names that are missing or left over.
     """
-    resampler = {match[1]: value for name, value in tensors.items() if (match := QFORMER_NAMES.match(name))}
-    depth = 1 + max((int(match[1]) for name in resampler if (match := re.match(r"layers\.(\d+)\.", name))), default=0)
-    wanted = {theirs.format(j=j): ours.format(j=j) for theirs, ours in RESAMPLER for j in (range(depth) if "{j}" in theirs else (0,))}
+    of_qformer, of_layers = prefix(tensors, QFORMER_PREFIXES), prefix(tensors, LAYER_PREFIXES)
+    depth = 1 + max((int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(of_qformer)}layers\.(\d+)\.", name))), default=0)
+    qformer = {
+        f"{of_qformer}{theirs.format(j=j)}": ours.format(j=j)
+        for theirs, ours in RESAMPLER for j in (range(depth) if "{j}" in theirs else (0,))
+    }  # fmt: skip
     pairs: dict[int, dict[str, Tensor]] = {}
-    left = [name for name in tensors if not QFORMER_NAMES.match(name) and not LAYER_NAMES.match(name)]
     for name, value in tensors.items():
-        if match := LAYER_NAMES.match(name):
-            if value.ndim == 2:
-                pairs.setdefault(int(match[1]), {})[match[2]] = value
-            else:
-                left.append(name)
-    missing = [f"image_proj_model.{name}" for name in wanted if name not in resampler]
-    left += [f"image_proj_model.{name}" for name in resampler if name not in wanted]
-    found = []
+        if (match := re.match(rf"{re.escape(of_layers)}(\d+)\.", name)) and value.ndim == 2:
+            pairs.setdefault(int(match[1]), {})[name] = value
+    missing = [name for name in qformer if name not in tensors]
+    used, found = set(qformer), []
     for number in expected_numbers(set(pairs), layers):
-        key_value = split_pair(pairs.pop(number, {}))
-        if key_value is None:
-            missing.append(f"adapter_modules.{number}: one weight for keys and one for values")
+        pair = pairs.get(number, {})
+        if (key_value := split_pair(pair)) is None:
+            missing.append(f"{of_layers}{number}: one weight for keys and one for values")
         else:
+            used |= set(pair)
             found.append(key_value)
-    left += [f"adapter_modules.{number}.{name}" for number, pair in pairs.items() for name in pair]
+    left = [name for name in tensors if name not in used]
     if missing or left:
         raise NestedAttentionError(
             f"the released weights are not what was expected. Missing ({len(missing)}): {', '.join(sorted(missing)) or 'nothing'}. "
             f"Left over ({len(left)}): {', '.join(sorted(left)) or 'nothing'}. Report these names, so that the importer can learn them."
         )
-    return Released({wanted[name]: value for name, value in resampler.items()}, found)
+    return Released({ours: tensors[theirs] for theirs, ours in qformer.items()}, found)
+
+
+def prefix(tensors: dict[str, Tensor], known: tuple[str, str]) -> str:
+    """The one of two known prefixes that a file uses."""
+    return known[1] if any(name.startswith(known[1]) for name in tensors) else known[0]
 
 
 def expected_numbers(seen: set[int], layers: int) -> range:
@@ -111,16 +117,13 @@ def expected_numbers(seen: set[int], layers: int) -> range:
 
 def split_pair(pair: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """(to_k, to_v) from two named weights, or None if it is not clear which is which."""
-    by_letter = {
-        letter: [value for name, value in pair.items() if re.search(rf"(^|[._]){letter}([._]|ey|alue|$)", name)] for letter in "kv"
-    }
-    if len(pair) == 2 and len(by_letter["k"]) == len(by_letter["v"]) == 1:
-        return by_letter["k"][0], by_letter["v"][0]
-    return None
+    words = {name: set(re.split(r"[._]", name.lower())) for name in pair}
+    keys, values = ([pair[name] for name in pair if words[name] & known] for known in (KEY_NAMES, VALUE_NAMES))
+    return (keys[0], values[0]) if len(pair) == 2 and len(keys) == len(values) == 1 else None
 
 
-def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: str) -> Adapter:
-    """The released weights as an adapter for `unet`, values unchanged to the bit.
+def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: str | None) -> Adapter:
+    """The released weights as an adapter for `unet`, values unchanged to the bit. `revision`: of their repo, if it is known.
 
     Raises:
         NestedAttentionError: names or sizes do not fit.
@@ -146,15 +149,38 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
     return adapter
 
 
-def import_released(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Fetches the released file, converts it into `folder`, and returns it; done once. Its licence is said every time."""
-    if not (folder / "config.json").exists():
-        revision = commit_of(REPO)
-        source = fetch(REPO, revision, ["personalization_encoder/*.safetensors"])
-        tensors = read_weights(source / "personalization_encoder/model.safetensors")
+def import_released(unet: UNet2DConditionModel, folder: Path, file: Path | None = None) -> Path:
+    """Converts the released file into `folder`, and returns it. Its licence is said every time.
+
+    `file`: where it lies. If that is not given it is fetched, once.
+
+    Raises:
+        NestedAttentionError: `folder` holds something else; the file cannot be had, or is not what was expected.
+    """
+    there = is_released(folder)
+    if file or not there:
+        revision = None if file else commit_of(REPO)
+        file = file or fetch(REPO, revision, [FILE]) / FILE
+        tensors = read_weights(file)
         convert(tensors, unet, revision).save(folder, next(iter(tensors.values())).dtype)
     print(f"The released adapter is in {folder}. Its licence is {LICENCE}: non-commercial use, share alike, name the authors.")
     return folder
+
+
+def is_released(folder: Path) -> bool:
+    """True if the released adapter is in `folder`, False if nothing is.
+
+    Raises:
+        NestedAttentionError: it holds something else, which would be lost.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / CONFIG).is_file():
+        raise NestedAttentionError(f"{folder} is there and holds something else than an adapter; name a new folder.")
+    config = read_config(folder)
+    if (config.image_encoder, config.licence) != (REPO, LICENCE):
+        raise NestedAttentionError(f"{folder} holds another adapter, for {config.kind!r}; name a new folder.")
+    return True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,10 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    config = UNet2DConditionModel.load_config(str(fetch("stabilityai/stable-diffusion-xl-base-1.0", None, ["unet/config.json"]) / "unet"))
+    from nested_attention.bench.step import SCALES  # here, because the bench loads models, and loading imports this file
+
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    if options.file:
-        tensors = read_weights(options.file)
-        convert(tensors, unet, "main").save(options.out, next(iter(tensors.values())).dtype)
-    import_released(unet, options.out)
+        unet = UNet2DConditionModel(**SCALES["sdxl"])
+    import_released(unet, options.out, options.file)

@@ -17,7 +17,7 @@ class Settings:
 
     Attributes:
         prompt: up to 1000 characters; placeholders such as `<person>` name the subjects.
-        negative_prompt: what the picture should not show.
+        negative_prompt: what the picture should not show, in ordinary words: no subject stands behind a placeholder there.
         num_images: 1 to 8. Image k uses seed + k, whatever the number.
         steps: 1 to 150 denoising steps.
         guidance_scale: how strongly the prompt is followed, 1 (not more than learned) to 30; below 1 counts as 1.

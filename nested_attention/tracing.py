@@ -11,11 +11,11 @@ with many layers every step looks into some of them, the next step into the next
 a claim about routing, not about cause: to check it, mute the tokens (`Subject.muted`) and generate again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -99,9 +99,11 @@ class Recorder:
                 self.nested.setdefault((where, which), Mean()).add(nested.mean(1))
             if valued:
                 query_values, words = self.values.setdefault((where, which), (Mean(), Mean()))
-                query_values.add(subject.scaled(nested @ subject.value, value).transpose(1, 2).flatten(2))
-                share = subject.columns / subject.columns.sum(1, keepdim=True)
-                words.add((share.to(value.dtype)[:, None, None] @ value).transpose(1, 2).flatten(2))
+                word = subject.word_value(value)
+                query_values.add(
+                    torch.lerp(word, subject.scaled(nested @ subject.value, value), subject.strength).transpose(1, 2).flatten(2)
+                )
+                words.add(word.transpose(1, 2).flatten(2))
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,15 @@ class SubjectMaps:
     index: int
     columns: tuple[int, ...]
 
-    def outer(self, layer: str | Grid = "mean", third: int | None = None) -> Tensor:
+    def outer(self, layer: Literal["mean"] | Grid = "mean", third: int | None = None) -> Tensor:
         """a_s: the share of attention that the subject's word gets, `(images, H, W)`, each in 0..1.
 
         With the shares of all other words it sums to 1. `layer`: "mean" over all, or a resolution.
+
+        Raises:
+            NestedAttentionError: no layer of this resolution or third of the steps was seen; so for the other maps.
         """
-        grid = None if layer == "mean" else layer
-        assert not isinstance(grid, str)
-        return self.words(grid, third)[..., list(self.columns)].sum(-1)
+        return self.words(None if layer == "mean" else layer, third)[..., list(self.columns)].sum(-1)
 
     def words(self, resolution: Grid | None = None, third: int | None = None) -> Tensor:
         """A: the shares of all words, `(images, H, W, L)`; rows sum to 1."""
@@ -143,27 +146,37 @@ class SubjectMaps:
 
     def values(self, resolution: Grid, third: int | None = None) -> tuple[Tensor, Tensor]:
         """V_q[s] of one layer with this resolution, `(images, H, W, C)`, and the plain word's V[s], `(C,)`."""
-        height, width = resolution
-        found = [
-            content for ((grid, part), which), content in self.recorder.values.items()
-            if which == self.index and grid == resolution and third in (None, part)
-        ]  # fmt: skip
+        mine = {key: means for (key, which), means in self.recorder.values.items() if which == self.index}
+        found = [mine[key] for key in seen(mine, resolution, third)]
         query_values = combined([pair[0] for pair in found])
-        return query_values.unflatten(1, (height, width)), combined([pair[1] for pair in found])[0, 0]
+        return query_values.unflatten(1, resolution), combined([pair[1] for pair in found])[0, 0]
 
     def recorder_device(self) -> torch.device:
         return next(mean.total.device for mean in self.recorder.outer.values() if mean.total is not None)
 
 
+def seen(maps: Iterable[Key], resolution: Grid | None, third: int | None) -> list[Key]:
+    """Those of `maps` that have this resolution and third, None meaning any.
+
+    Raises:
+        NestedAttentionError: there is none.
+    """
+    known = sorted(maps, reverse=True)
+    if found := [(grid, part) for grid, part in known if resolution in (None, grid) and third in (None, part)]:
+        return found
+    grids = ", ".join(f"{height} x {width}" for height, width in dict.fromkeys(grid for grid, _ in known))
+    thirds = ", ".join(str(part) for part in sorted({part for _, part in known}))
+    asked = f"resolution {resolution if isinstance(resolution, str | None) else f'{resolution[0]} x {resolution[1]}'}, third {third}"
+    raise NestedAttentionError(f"no maps of {asked} were traced; there are resolutions {grids} and thirds {thirds}.")
+
+
 def _gather(means: dict[Key, Mean], resolution: Grid | None, third: int | None) -> Tensor:
     """`(images, H, W, K)`: the mean over what was asked for, coarser grids enlarged to the finest (still sums to 1)."""
-    finest = resolution or max(grid for grid, _ in means)
+    found = seen(means, resolution, third)
     out = []
-    for grid in sorted({grid for grid, _ in means}):
-        if resolution in (None, grid):
-            mean = combined([mean for (g, part), mean in means.items() if g == grid and third in (None, part)])
-            picture = mean.unflatten(1, grid).permute(0, 3, 1, 2)  # (images, K, h, w)
-            out.append(F.interpolate(picture, size=finest, mode="nearest").permute(0, 2, 3, 1))
+    for grid in dict.fromkeys(grid for grid, _ in found):  # the finest first
+        picture = combined([means[key] for key in found if key[0] == grid]).unflatten(1, grid).permute(0, 3, 1, 2)  # (images, K, h, w)
+        out.append(F.interpolate(picture, size=found[0][0], mode="nearest").permute(0, 2, 3, 1))
     return torch.stack(out).mean(0)
 
 

@@ -8,13 +8,16 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 USER = "me"
 SIGNATURE = "signed"  # uploads carry no token but a signed address, as those to the Hub's storage do
@@ -83,6 +86,12 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def publish(self, repo: str, files: Mapping[str, bytes]) -> str:
+        """A public repo with `files`. Returns its commit."""
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        self.repos[repo] = Repo(False, {commit: {path: File(content, lfs=False) for path, content in files.items()}})
+        return commit
+
     def fail_once(self, request: str, status: int) -> None:
         """The next request whose "METHOD /path" contains `request` is answered by `status`."""
         self._failures[request] = status
@@ -107,6 +116,21 @@ class HubServer(ThreadingHTTPServer):
                     return refused(403, "Forbidden: you must use a write token")
                 return reply(self, body, **groups)
         return refused(404, f"no such address: {method} {path}")
+
+
+def visit(hub: HubServer, patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Makes `hub` the Hub of this process, which is not logged in and has its cache in `home`."""
+    files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    changes = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": files,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
+    for name, value in (changes | {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}).items():
+        patch.setattr(constants, name, value)
+    patch.delenv("HF_TOKEN", raising=False)
 
 
 def create(hub: HubServer, body: bytes) -> Answer:
@@ -196,6 +220,8 @@ def info(hub: HubServer, body: bytes, repo: str, revision: str | None = None) ->
 
 
 def tree(hub: HubServer, body: bytes, repo: str, revision: str) -> Answer:
+    if revision not in hub.repos[repo].commits:
+        return refused(404, "Invalid rev id", "RevisionNotFound")
     entries = [
         {"type": "file", "path": path, "oid": file.oid, "size": len(file.content)}
         | ({"lfs": {"oid": file.oid, "size": len(file.content), "pointerSize": 134}} if file.lfs else {})

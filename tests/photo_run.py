@@ -12,6 +12,7 @@ from nested_attention.encoder import ImageConfig, QFormerConfig
 from tests import tiny
 from train.loop import LoopConfig, fit
 from train.personalizer import Personalizer
+from train.photos.cache import FeatureCache
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
 
@@ -20,10 +21,10 @@ RESOLUTION = 64
 
 class TinyPhotoTask(PhotoTask):
     def grid(self) -> None:
-        """Grids are tested elsewhere."""
+        """At SDXL's size they take too long; the test of `Job.run` draws small ones."""
 
 
-def task(photos: str, cache: Path | None = None) -> PhotoTask:
+def task(photos: str, cache: FeatureCache | None = None) -> PhotoTask:
     """On the tiny SDXL."""
     stock = tiny.stock("sdxl")
     torch.manual_seed(3)
@@ -31,12 +32,14 @@ def task(photos: str, cache: Path | None = None) -> PhotoTask:
     sizes = QFormerConfig(num_tokens=4, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=width)
     config = AdapterConfig("person", "person", "tiny", "vision", value_norm="full", qformer=sizes, image=ImageConfig(32))
     pipe = NestedAttentionPipeline(BASES["sdxl"], stock, {}, {})
-    return TinyPhotoTask(Personalizer(stock, Adapter(config, stock.unet), tiny.vision()), pipe, open_source(photos), RESOLUTION, cache)
+    return TinyPhotoTask(
+        Personalizer(stock, Adapter(config, stock.unet), tiny.vision()), pipe, open_source(photos, "person"), RESOLUTION, cache
+    )
 
 
 def loop(steps: int, accumulation: int = 1, shard: bool = False) -> LoopConfig:
     return LoopConfig(
-        steps, 4, lr=1e-3, muon_lr=0.0, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=10**6,
+        steps, 4, lr=1e-3, muon_lr=0.0, warmup=1, cooldown=0.0, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=10**6,
         accumulation=accumulation, held_out_every=2, shard=shard,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from playwright.sync_api import Page
 
 from nested_attention.provenance import read_provenance
 from nested_attention.ui.app import build_app
@@ -47,6 +48,10 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def pictures(page: Page) -> list[str | None]:
+    return [image.get_attribute("src") for image in page.locator("#gallery img").all()]
+
+
 def generate(client: Client, prompt: str, **changes: object) -> tuple[list[str], dict]:
     values = {"negative": "", "count": 2, "steps": 3, "guidance": 3.0, "seed": 5} | changes
     return client.predict(prompt, *values.values(), api_name="/generate")
@@ -68,6 +73,10 @@ def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
     assert made.settings.seed == 6 and made.subjects[0].placeholder == "<ada>"
     shares = client.predict("<ada>", 1, 0.5, 0.5, api_name="/explain")
     assert abs(sum(shares["words"].values()) - 1) < 1e-3 and abs(sum(shares["patches"]) - 1) < 1e-3
+    assert shares["subjects"] == {"<ada>": shares["words"]["<ada>"]}
+    for where, words in (((None, 0.5, 0.5), "picture None"), ((0, None, 0.5), "point .None"), ((7, 0.5, 0.5), "picture 7")):
+        with pytest.raises(AppError, match=words):
+            client.predict("<ada>", *where, api_name="/explain")
     direct = tiny.pipeline("sd")
     expected = direct("<ada> on the beach", [direct.encode("person", photo, "<ada>")], num_images=2, steps=3, guidance_scale=3.0, seed=5)
     assert np.array_equal(np.asarray(Image.open(files[0])), np.asarray(expected.images[0]))
@@ -77,7 +86,7 @@ def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
     ("changes", "words"),
     [
         ({"steps": 0}, "steps"), ({"steps": 10**9}, "steps"), ({"count": 99}, "num_images"), ({"guidance": -5}, "guidance_scale"),
-        ({"seed": -1}, "seed"), ({"prompt": ""}, "prompt is empty"), ({"prompt": "x" * 5000}, "5000 characters"), ({"prompt": "<ghost>"}, "<ghost>"),
+        ({"seed": -1}, "seed"), ({"prompt": ""}, "prompt is empty"), ({"prompt": None}, "not text"), ({"prompt": "x" * 5000}, "5000 characters"), ({"prompt": "<ghost>"}, "<ghost>"),
     ],
 )  # fmt: skip
 def test_what_is_sent_past_the_page_is_checked_too(url: str, changes: dict, words: str) -> None:
@@ -98,6 +107,10 @@ def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> N
     ):  # fmt: skip
         with pytest.raises(AppError, match=words):
             client.predict(*arguments, api_name="/encode")
+    for number in range(5):
+        client.predict("person", [handle_file(photo)], f"<p{number}>", 1.0, api_name="/encode")
+    with pytest.raises(AppError, match="5 subjects were given; at most 4"):
+        generate(client, "<p0> <p1> <p2> <p3> <p4>")
     with pytest.raises(AppError, match="press Generate first"):
         client.predict("<person>", 0, 0.5, 0.5, api_name="/explain")
 
@@ -110,11 +123,27 @@ def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:
 
 
 def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
-    """Uploads, forgets the placeholder, is helped, generates, looks inside, clicks into the map, drops a PNG back."""
+    """Draws the first example, looks inside, clicks into the map, uploads, forgets the placeholder, is helped, cancels."""
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 900})
         page.goto(url)
         page.wait_for_selector("#generate", timeout=60_000)
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        page.click("#inside button >> nth=0")
+        page.wait_for_selector("#outer img", timeout=30_000)
+        page.click("#outer img")
+        page.wait_for_selector("#patches img", timeout=30_000)
+        assert "<person>" in page.inner_text("#point")
+        assert "token" in page.inner_text("#regions")
+        page.click("#examples button >> nth=1")
+        page.wait_for_function("document.querySelector('#names').innerText.includes('<cat>')")
+        page.wait_for_selector("#seen-1 img")
+        page.click("#remove-1")
+        page.wait_for_function("!document.querySelector('#names').innerText.includes('<cat>')")
+        page.wait_for_selector("#kind-1", state="hidden")
+        page.click("#remove-0")
+        page.wait_for_function("document.querySelector('#insert-0').innerText.includes('Add a picture')")
         page.set_input_files("#files-0 input[type=file]", photo)
         page.wait_for_function("document.querySelector('#insert-0').innerText.includes('<person>')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -125,13 +154,17 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.wait_for_function("document.querySelector('#prompt textarea').value == '<person> in the snow'")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
-        page.click("#inside button >> nth=0")
-        page.wait_for_selector("#outer img", timeout=30_000)
-        page.click("#outer img")
-        page.wait_for_selector("#patches img", timeout=30_000)
-        assert "<person>" in page.inner_text("#point")
-        assert "token" in page.inner_text("#regions")
         page.fill("#prompt textarea", "   ")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#notice').innerText.includes('does not say')")
         assert page.locator("#gallery img").count() >= 4  # nothing was lost
+        drawn = pictures(page)
+        page.fill("#prompt textarea", "<person>")
+        page.click("text=Advanced")
+        page.fill("#steps input[type=number]", "150")
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('Step 5')", timeout=60_000)
+        page.click("#cancel")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('Cancelled')")
+        page.wait_for_timeout(1000)
+        assert pictures(page) == drawn and "Cancelled" in page.inner_text("#status")

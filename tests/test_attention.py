@@ -1,5 +1,7 @@
 """The equation: the plain form, the fast form, and what both must obey."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def inputs(batch: int = 2, pixels: int = 24) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("norm", ["none", "full", "head"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
 def test_plain_equals_fast(count: int, norm: str) -> None:
     query, key, value = inputs()
     subjects = [subject(2, (2 + 2 * k,), 4 + k, norm, strength=0.6 + 0.2 * k, token_weight=0.5 + k) for k in range(count)]
@@ -40,6 +42,23 @@ def test_without_strength_it_is_the_layer_itself() -> None:
     stock = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     for form in (plain, fast):
         torch.testing.assert_close(form(query, key, value, [subject(2, (3, 5), strength=0.0)]), stock, atol=1e-6, rtol=0)
+
+
+def test_with_full_strength_the_words_own_value_is_gone() -> None:
+    query, key, value = inputs()
+    other = value.clone()
+    other[:, :, 3] += 5
+    s = subject(2, (3,))
+    for form in (plain, fast):
+        torch.testing.assert_close(form(query, key, value, [s]), form(query, key, other, [s]), atol=1e-5, rtol=0)
+
+
+def test_strength_two_goes_as_far_again_beyond_the_subject() -> None:
+    query, key, value = inputs()
+    s = subject(2, (3,))
+    for form in (plain, fast):
+        none, one, two = (form(query, key, value, [replace(s, strength=torch.tensor(strength))]) for strength in (0.0, 1.0, 2.0))
+        torch.testing.assert_close(two - one, one - none, atol=1e-5, rtol=0)
 
 
 def test_attention_elsewhere_does_not_change() -> None:

@@ -1,13 +1,14 @@
 """Finding faces in real photos that packages ship, without any model to download."""
 
 from importlib.resources import files
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from nested_attention import NestedAttentionError
-from nested_attention.faces import FRAME, Face, cropped, ffhq_quad, find_faces, framed
+from nested_attention import NestedAttentionError, faces
+from nested_attention.faces import FRAME, SAID, Face, cropped, ffhq_quad, find_faces, frame, framed
 
 
 def photo(package: str, name: str) -> Image.Image:
@@ -95,3 +96,38 @@ def test_the_users_own_crop() -> None:
     assert cropped(ASTRONAUT, (0.25, 0.0, 0.75, 0.5)).size == (256, 256)
     with pytest.raises(NestedAttentionError, match="empty or lies outside"):
         cropped(ASTRONAUT, (0.5, 0.0, 0.5, 1.0))
+
+
+def test_a_pets_face_is_looked_for_as_a_cats() -> None:
+    assert [face.box for face in find_faces(CHELSEA, "pet")] == [face.box for face in find_faces(CHELSEA, "cat")] != []
+
+
+def test_a_face_is_chosen_by_its_size() -> None:
+    found = find_faces(GROUP, "person")
+    second = frame(GROUP, "person", "face 2")
+    assert (second.said, second.faces) == (f"{SAID['opencv']}, face 2 of 6 by size", 6)
+    assert second.image.tobytes() == framed(GROUP, found[1]).tobytes() != frame(GROUP, "person").image.tobytes()
+    beyond = frame(GROUP, "person", "face 7")
+    assert beyond.image is GROUP and beyond.said.startswith("only 6 found: the whole picture")
+
+
+def test_insightface_is_asked_in_its_colours_and_gives_ffhqs_frame(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    points = np.array([(205, 105), (245, 105), (225, 128), (210, 148), (240, 148)], np.float32)
+    small = SimpleNamespace(bbox=np.array([10, 10, 20, 20], np.float32), kps=points / 10)
+    large = SimpleNamespace(bbox=np.array([180, 60, 270, 170], np.float32), kps=points)
+    seen = []
+
+    def get(pixels: np.ndarray) -> list[SimpleNamespace]:
+        seen.append(pixels)
+        return [small, large]
+
+    monkeypatch.setattr(faces, "insightface_analysis", lambda: SimpleNamespace(get=get))
+    assert find_faces(ASTRONAUT, "person")[0].method == "opencv" and not seen  # no models, and not allowed to fetch them
+    (tmp_path / "models/buffalo_l").mkdir(parents=True)
+    (tmp_path / "models/buffalo_l/det_10g.onnx").touch()
+    found = frame(ASTRONAUT, "person")
+    assert (found.said, found.faces) == (f"{SAID['insightface']}, face 1 of 2 by size", 2)
+    assert np.array_equal(seen[0], np.asarray(ASTRONAUT)[..., ::-1])
+    expected = Face((180.0, 60.0, 270.0, 170.0), ffhq_quad(points.astype(float)), "insightface")
+    assert found.image.tobytes() == framed(ASTRONAUT, expected).tobytes()
+    assert find_faces(CHELSEA, "cat")[0].method == "opencv" and len(seen) == 1

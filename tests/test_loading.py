@@ -11,7 +11,9 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline, patches
+from nested_attention.adapters import AdapterConfig
 from nested_attention.bases import BASES, FewSteps, find_base
+from nested_attention.encoding import ImageEncoders
 from nested_attention.hub import commit_of
 from nested_attention.loading import best_dtype, load_base, make_quick, usable_device
 from tests import tiny
@@ -24,12 +26,14 @@ def test_any_diffusers_folder_of_a_known_architecture_loads(architecture: str, t
     assert pipe.base.pipeline == ("StableDiffusionXLPipeline" if architecture == "sdxl" else "StableDiffusionPipeline")
     assert pipe.base.guidance_scale == BASES["sdxl" if architecture == "sdxl" else "sd15"].guidance_scale
     assert pipe.kinds == ()
+    assert pipe.base.licence == "see its source"
 
 
 def test_other_architectures_are_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(NestedAttentionError, match="Flux model"):
-        load_base(str(tmp_path), torch.float32)
+    for name in ("Flux", "StableDiffusion3"):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": f"{name}Pipeline"}))
+        with pytest.raises(NestedAttentionError, match=f"is a {name} model"):
+            load_base(str(tmp_path), torch.float32)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(NestedAttentionError, match="damaged"):
         load_base(str(tmp_path), torch.float32)
@@ -56,6 +60,44 @@ def test_unknown_names_and_devices_are_named() -> None:
         with pytest.raises(NestedAttentionError, match=r"cuda was asked for.*device="):
             usable_device("cuda")
     assert best_dtype(torch.device("cuda")) == torch.float16
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(NestedAttentionError, match=r"cuda:7 was asked for, but the last GPU of this machine is cuda:1; name one"):
+        usable_device("cuda:7")
+
+
+def test_a_folder_with_nothing_but_weights_in_16_bit_loads(tmp_path: Path) -> None:
+    tiny.stock("sd").save_pretrained(tmp_path, variant="fp16")
+    _, stock = load_base(str(tmp_path), torch.float32)
+    assert torch.equal(stock.unet.conv_in.weight, tiny.stock("sd").unet.conv_in.weight)
+
+
+def test_a_missing_or_damaged_image_encoder_is_named(tmp_path: Path) -> None:
+    config = AdapterConfig("cat", "cat", "sd15", "../eyes")
+    encoders = ImageEncoders({"cat": tmp_path / "adapter"}, torch.device("cpu"), torch.float32)
+
+    def refusal() -> str:
+        with pytest.raises(NestedAttentionError) as caught:
+            encoders.get(config)
+        return str(caught.value)
+
+    folder = tmp_path / "eyes"
+    assert refusal().startswith(f"the image encoder {folder} cannot be loaded (")
+    tiny.vision().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (b"", whole[:4], whole[:1000], bytes(len(whole))):
+        weights.write_bytes(damaged)
+        assert refusal().startswith(f"the image encoder {folder} cannot be loaded (")
+    weights.unlink()
+    torch.save(tiny.vision().state_dict(), folder / "pytorch_model.bin")
+    assert "model.safetensors" in refusal()  # a pickle is not read
+    weights.write_bytes(whole)
+    assert encoders.get(config).config.image_size == 32
 
 
 def test_a_cpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +144,12 @@ def test_few_step_weights_are_fused_and_bring_their_scheduler(tmp_path: Path) ->
     before = layer.weight.clone()
     down, up = torch.randn(1, layer.in_features), torch.randn(layer.out_features, 1)
     save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "few.safetensors")
-    make_quick(stock, FewSteps(str(tmp_path), None, "few.safetensors", "LCMScheduler", {}))
+    make_quick(stock, FewSteps(str(tmp_path), None, "few.safetensors", 0.1, "LCMScheduler", {}))
     after = stock.unet.get_submodule(name)
     assert type(after) is torch.nn.Linear and type(stock.scheduler).__name__ == "LCMScheduler"
     torch.testing.assert_close(after.weight, before + up @ down)
     with pytest.raises(NestedAttentionError, match=r"few-step weights gone\.safetensors"):
-        make_quick(tiny.stock("sd"), FewSteps(str(tmp_path), None, "gone.safetensors", "LCMScheduler", {}))
+        make_quick(tiny.stock("sd"), FewSteps(str(tmp_path), None, "gone.safetensors", 0.1, "LCMScheduler", {}))
 
 
 def test_few_step_presets_are_their_base_with_fewer_steps() -> None:

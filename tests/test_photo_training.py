@@ -1,36 +1,49 @@
-"""Training on photos with the tiny SDXL: exact resume, several processes as one, cached features, gradient checkpoints."""
+"""Training on photos with the tiny SDXL: exact resume, several processes as one, cached features, two stages, few photos."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from safetensors.torch import load_file
 
+import train.adapter
+from nested_attention import NestedAttentionError, bases, encoding
+from nested_attention.adapters import Adapter
+from nested_attention.bases import BASES
 from tests import photo_run, tiny
+from train.adapter import Job, default_config, read_section
 from train.loop import Share, fit
 from train.objective import NoiseObjective, objective_of
+from train.photos.cache import MADE_OF, FeatureCache
+from train.push import Run, card
 
 PLACES = ("on the beach", "in the snow", "at night")
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared folder of thirty small photos of noise, of three shapes."""
-    folder = tmp_path_factory.mktemp("photos") / "prepared"
+def prepared(folder: Path, captions: list[str]) -> str:
+    """A prepared folder of small photos of noise, of three shapes."""
     (folder / "images").mkdir(parents=True)
     (folder / "references").mkdir()
     lines = []
-    for number in range(30):
+    for number, caption in enumerate(captions):
         size = ((80, 80), (64, 96), (96, 64))[number % 3]
         tiny.photo(number, size).save(folder / f"images/{number}.png")
         tiny.photo(100 + number, (40, 40)).save(folder / f"references/{number}.png")
-        line = {"file_name": f"images/{number}.png", "reference": f"references/{number}.png", "text": f"<person> {PLACES[number % 3]}"}
+        line = {"file_name": f"images/{number}.png", "reference": f"references/{number}.png", "text": caption}
         lines.append(json.dumps(line | {"height": size[0], "width": size[1], "method": "whole"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepared(tmp_path_factory.mktemp("photos") / "prepared", [f"<person> {PLACES[number % 3]}" for number in range(30)])
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -50,12 +63,16 @@ def whole(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(photos: str, whole: Path, tmp_path: Path) -> None:
-    fit(photo_run.task(photos), photo_run.loop(3), tmp_path / "parts", {})
-    (tmp_path / "parts/log.jsonl").unlink()
-    fit(photo_run.task(photos), photo_run.loop(6), tmp_path / "parts", {})
-    assert [json.loads(line)["step"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()] == [4, 5, 6]
-    assert difference(whole, tmp_path / "parts") == 0
+def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(photos: str, tmp_path: Path) -> None:
+    fit(photo_run.task(photos), photo_run.loop(20), tmp_path / "whole", {})
+    for steps in (10, 20):
+        fit(photo_run.task(photos), photo_run.loop(steps), tmp_path / "parts", {})
+    lines = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "parts")]
+    whole, parts = ([(line["step"], line["loss"]) for line in run] for run in lines)
+    assert whole == parts and len(whole) == 20
+    for part in ("model", "average", "optimizer"):
+        one, other = (load_file(tmp_path / run / f"state/{part}.safetensors") for run in ("whole", "parts"))
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("how", ["each a copy", "shard"])
@@ -81,7 +98,7 @@ def test_accumulated_batches_differ_only_in_their_buckets(photos: str, tmp_path:
 
 
 def test_cached_features_change_nothing_but_rounding(photos: str, tmp_path: Path) -> None:
-    plain, cached = photo_run.task(photos), photo_run.task(photos, tmp_path / "features")
+    plain, cached = photo_run.task(photos), photo_run.task(photos, FeatureCache(tmp_path / "features"))
     cached.cache_features(Share())
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == len(cached.parts[0])
     batches = [{key: value[None] for key, value in task.dataset(0)[3].items()} for task in (plain, cached)]
@@ -91,9 +108,142 @@ def test_cached_features_change_nothing_but_rounding(photos: str, tmp_path: Path
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
 
 
+def test_features_of_something_else_and_damaged_ones_are_refused(photos: str, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "features")
+    made = photo_run.task(photos, cache)
+    cache.claim(made.made_of())
+    cache.save(3, {"features": torch.zeros(2)})
+    cache.claim(photo_run.task(photos).made_of())  # the same again
+    config = made.model.adapter.config
+    for change in ({"word": "man"}, {"image_encoder": "other", "word": "man"}):
+        made.model.adapter.config = replace(config, **change)
+        with pytest.raises(NestedAttentionError, match=r"made of another word.*; name a new folder with --cache"):
+            cache.claim(made.made_of())
+    others = photo_run.task(prepared(tmp_path / "others", ["<person> at night"] * 3))
+    with pytest.raises(NestedAttentionError, match="made of another data;"):
+        cache.claim(others.made_of())
+    (cache.folder / MADE_OF).unlink()
+    with pytest.raises(NestedAttentionError, match="made of another data and another kind and"):
+        cache.claim(others.made_of())
+    cache.file(3).write_bytes(cache.file(3).read_bytes()[:20])
+    for number in (3, 4):
+        with pytest.raises(NestedAttentionError, match=f"features/{number}.safetensors cannot be read .*; remove that file"):
+            cache.load(number)
+
+
 def test_held_out_photos_are_not_trained_on(photos: str) -> None:
     trained, held = photo_run.task(photos).parts
-    assert len(trained) + len(held) == 30 and not set(trained.numbers) & set(held.numbers) and len(held) == 1
+    assert len(trained) + len(held) == 30 and not set(trained.numbers) & set(held.numbers) and held.numbers == [25]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_photos_are_enough(tmp_path: Path, count: int) -> None:
+    made = photo_run.task(prepared(tmp_path / "few", [f"<person> {PLACES[0]}"] * count))
+    assert [len(part) for part in made.parts] == [max(1, count - 1), min(1, count - 1)] and len(made.references()) == 1
+    fit(made, replace(photo_run.loop(1), batch_size=1, held_out_every=1), tmp_path / "run", {})
+    (line,) = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert ("held_out" in line) == (count > 1)
+
+
+def test_captions_that_name_the_subject_too_late_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    late = "red " * 90 + "<person>"
+    made = photo_run.task(prepared(tmp_path / "some", ["<person> at night", late, late, "a drawing of <person>"]))
+    assert [part.numbers for part in made.parts] == [[0], [3]]
+    said = capsys.readouterr().out
+    assert "2 of 4 photos are left out" in said and 'behind the 46 words that the text encoder reads, first "red red' in said
+    with pytest.raises(NestedAttentionError, match=r"2 of 2 photos are left out.*; name it earlier\."):
+        _ = photo_run.task(prepared(tmp_path / "all", [late, late])).parts
+
+
+# -------------------------------------------------------------------------------------------------------------- jobs
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny SDXL in `base` and the tiny image encoder in `vision`."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.stock("sdxl").save_pretrained(folder / "base")
+    tiny.vision().save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.fixture
+def job(parts: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """Two stages of two steps on photos; its pictures are small and drawn in one step."""
+    small = replace(BASES["sdxl"], size=32, sizes=(16, 64, 8), steps=1)
+    monkeypatch.setitem(bases.ARCHITECTURES, "StableDiffusionXLPipeline", small)
+    loop = {"steps": 2, "batch_size": 2, "muon_lr": 0.0, "mixed_precision": "no", "workers": 0, "log_every": 1}
+    config = {
+        "image_encoder": str(parts / "vision"), "framing": "face", "value_norm": "full", "lam": 1.0, "licence": "MIT",
+        "image": {"size": 32}, "qformer": {"num_tokens": 4, "width": 32, "depth": 1, "heads": 2, "head_dim": 16},
+        "stages": [{"resolution": 64, "loop": loop}, {"resolution": 128, "loop": loop | {"steps": 1, "tensorboard": True}}],
+    }  # fmt: skip
+    return Job("person", "man", str(parts / "base"), photos, None, tmp_path / "features", tmp_path / "run", config)
+
+
+def test_stages_follow_each_other_draw_grids_and_become_a_card(job: Job) -> None:
+    folder = job.run()
+    adapter = Adapter.load(folder, tiny.stock("sdxl").unet)
+    assert adapter.config.word == "man" and adapter.config.framing == "face" and adapter.config.image_revision is None
+    last, first = job.out, job.out / "stage-1"
+    assert [json.loads((run / "progress.json").read_text())["step"] for run in (first / "state", last / "state")] == [2, 1]
+    for run, steps in ((first, 2), (last, 1)):
+        assert Image.open(run / f"grids/{steps:06d}.png").size == (4 * 32, 32)  # one photo is held out: itself, three prompts
+    assert list(last.glob("**/events.out.tfevents*")) and not list(first.glob("**/events.out.tfevents*"))
+    run = Run.read(job.out)
+    assert [stage.steps for stage in run.stages] == [2, 1] and run.grids == {2: first / "grids/000002.png", 3: last / "grids/000001.png"}
+    assert "| steps | 3 (2 + 1) |" in card(run, "me/man")
+
+
+def test_frozen_parts_in_16_bit_train_and_draw_without_autocast(job: Job) -> None:
+    half = replace(job, config=job.config | {"frozen": "bfloat16", "stages": job.config["stages"][:1]}, cache=None)
+    half.run()
+    assert (job.out / "grids/000002.png").is_file()
+
+
+def test_an_image_encoder_on_the_hub_is_kept_at_its_commit(job: Job, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.adapter, "commit_of", lambda repo: f"commit of {repo}")
+    monkeypatch.setattr(encoding, "fetch", lambda repo, revision, patterns: parts)
+    model, _ = replace(job, config=job.config | {"image_encoder": "me/eyes", "image_subfolder": "vision"}).model()
+    config = model.adapter.config
+    assert (config.image_encoder, config.image_subfolder, config.image_revision) == ("me/eyes", "vision", "commit of me/eyes")
+
+
+def test_what_a_job_lacks_is_said_before_the_base_is_loaded(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.adapter, "load_base", None)
+    storybook = {name: value for name, value in job.config.items() if name != "stages"} | {"stages": [{"loop": {}}], "diffusion": {}}
+    for wrong, words in (
+        (replace(job, data="/nowhere/at/all"), "there is nothing to train on"),
+        (replace(job, kind="cat"), r"names <person>: .* or train with --kind person\."),
+        (replace(job, data=None), r"this config is for photos, .*; name them with --data\."),
+        (replace(job, config=storybook), "this config is for Storybook's own pictures"),
+        (replace(job, config=storybook, data=None, kind="dog"), "Storybook has no 'dog'"),
+    ):
+        with pytest.raises(NestedAttentionError, match=words):
+            wrong.run()
+
+
+def test_an_adapter_of_other_sizes_is_no_start(job: Job, tmp_path: Path) -> None:
+    tiny.adapter(tiny.stock("sdxl").unet, "person").save(tmp_path / "six")
+    with pytest.raises(NestedAttentionError, match=r"six/adapter\.safetensors has other sizes than the config and the base"):
+        replace(job, init=tmp_path / "six").model()
+
+
+def test_every_base_of_sdxls_architecture_has_a_config(parts: Path) -> None:
+    found = {base: default_config(base).name for base in ("storybook", "sdxl", "sdxl-lightning", str(parts / "base"), "you/your-sdxl")}
+    assert found == dict.fromkeys(found, "sdxl.toml") | {"storybook": "storybook.toml"}
+    with pytest.raises(NestedAttentionError, match=r"there is no config for the base sd15; write one after .*sdxl\.toml"):
+        default_config("sd15")
+    with pytest.raises(NestedAttentionError, match=r"is no config with a section \[adapter\]"):
+        read_section(parts / "none.toml")
+    assert all("resolution" in stage for stage in read_section(default_config("sdxl"))["stages"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "multinode"])
+def test_accelerate_reads_the_launch_configs(name: str) -> None:
+    path = train.adapter.CONFIGS / f"accelerate/{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0 and (config.num_machines > 1) == (name == "multinode")
 
 
 def test_gradient_checkpoints_give_the_same_gradients(photos: str) -> None:

@@ -1,6 +1,8 @@
 """The pipeline on tiny real SD and SDXL components."""
 
 import threading
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,8 +63,15 @@ def test_plain_form_gives_the_same_picture(
 ) -> None:
     settings = {"seed": 1, "num_images": 2, "guidance_scale": guidance_scale, "height": height, "width": width}
     fast = pipe(PROMPT, both(pipe), **settings)
-    monkeypatch.setattr(NestedCondition, "__post_init__", lambda self: setattr(self, "form", plain), raising=False)
+    called: list[int] = []
+
+    def counted(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        called.append(len(query))
+        return plain(query, *rest)
+
+    monkeypatch.setattr("nested_attention.pipeline.NestedCondition", partial(NestedCondition, form=counted))
     assert abs(pixels(fast) - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
+    assert set(called) == {2}
 
 
 def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:
@@ -78,6 +87,16 @@ def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:
         patch.setattr(NestedCondition, "attend", attend)
         pipe(PROMPT, both(pipe), steps=1, num_images=3, guidance_scale=5.0)
     assert set(seen) == {3}
+
+
+def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(pipe: NestedAttentionPipeline) -> None:
+    drawn = {
+        (scale, negative): pixels(pipe(PROMPT, both(pipe), seed=4, guidance_scale=scale, negative_prompt=negative))
+        for scale in (1.0, 5.0)
+        for negative in ("", "a man in the snow")
+    }
+    assert np.array_equal(drawn[1.0, ""], drawn[1.0, "a man in the snow"])
+    assert abs(drawn[5.0, ""] - drawn[5.0, "a man in the snow"]).max() > 2
 
 
 def test_images_of_a_batch_are_the_images_of_their_seeds(pipe: NestedAttentionPipeline) -> None:
@@ -160,6 +179,23 @@ def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPi
     assert values.shape[:3] == (2, *resolution) and word.shape == values.shape[3:]
     with pytest.raises(NestedAttentionError, match="<dog>"):
         maps.subject("<dog>")
+    with pytest.raises(NestedAttentionError, match="no maps of resolution 5 x 7, third None"):
+        cat.nested((5, 7))
+    with pytest.raises(NestedAttentionError, match=r"resolution down_blocks\.0"):
+        cat.outer("down_blocks.0")
+
+
+def test_values_are_those_that_the_strength_leaves(pipe: NestedAttentionPipeline) -> None:
+    subject = pipe.encode("person", photo(1))
+    seen = []
+    for strength in (0.0, 0.5, 1.0):
+        with trace(pipe) as maps:
+            pipe("<person> on the beach", [subject.but(strength=strength)], seed=3, steps=1)
+        values, word = maps.subject("<person>").values(maps.resolutions[0])
+        seen.append(values - word)
+    torch.testing.assert_close(seen[0], torch.zeros_like(seen[0]), atol=1e-6, rtol=0)
+    assert seen[2].abs().max() > 0.01
+    torch.testing.assert_close(seen[1], seen[2] / 2, atol=1e-5, rtol=1e-4)
 
 
 def test_of_many_layers_each_step_watches_some(pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +223,14 @@ def test_stream_reports_every_step_and_ends_with_the_result(pipe: NestedAttentio
 
 
 def test_closing_a_stream_cancels(pipe: NestedAttentionPipeline) -> None:
+    steps: list[int] = []
+    stepping = pipe.stock.unet.register_forward_hook(lambda *_: steps.append(1))
+    threads = threading.active_count()
     stream = pipe.stream(PROMPT, both(pipe), steps=100)
     next(stream)
     stream.close()
-    assert threading.active_count() < 20
+    stepping.remove()
+    assert len(steps) < 50 and threading.active_count() == threads
     with pytest.raises(Cancelled):
         pipe("a cat", callback=lambda progress: (_ for _ in ()).throw(Cancelled()))
 

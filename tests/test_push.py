@@ -1,8 +1,10 @@
 """`train.push` against a Hub of our own over real HTTP: what is uploaded, resuming, refusals, and that the token stays secret."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from nested_attention.encoding import ImageEncoders
 from nested_attention.hub import commit_of
 from tests import tiny
 from tests.hub_server import HubServer
-from train.push import main
+from train.push import CARD, main
 
 TOKEN = "hf_ThisTokenMayNeverBeSeenAnywhere"
 FILES = {"README.md", CONFIG, WEIGHTS, "image_encoder/config.json", "image_encoder/model.safetensors"} | {
@@ -217,6 +219,48 @@ def test_a_base_that_is_on_no_hub_is_no_base_model_of_the_card(run: Path, here) 
     text = (run / "push/README.md").read_text()
     assert "base_model" not in text and "`storybook`, which comes with the code" in text
     assert "drawn on the fly" in text and "| identity | 0.97 |\n| likeness | 0.5 |" in text
+
+
+def test_faces_are_framed_as_the_card_shows_and_stages_add_up(run: Path, here) -> None:
+    config = json.loads((run / "adapter" / CONFIG).read_text())
+    (run / "adapter" / CONFIG).write_text(json.dumps(config | {"framing": "face"}))
+    (run / "stage-1").mkdir()
+    (run / "stage-1/config.json").write_text(json.dumps({"loop": {"steps": 1000, "batch_size": 64}}))
+    (run / "stage-1/log.jsonl").write_text(json.dumps({"step": 1000, "loss": 0.7, "hours": 2.25}) + "\n")
+    (run / "stage-1/grids").mkdir()
+    (run / "grids/000100.png").rename(run / "stage-1/grids/000500.png")
+    assert push(here, run, "me/cat", "--dry-run") == ""
+    text = (run / "push/README.md").read_text()
+    for part in (
+        "from nested_attention.faces import frame\n", 'pipe.encode("cat", frame(Image.open("picture.png").convert("RGB"), "cat").image)',
+        "| steps | 1,400 (1,000 + 400) |", "| batch size | 64 and 48 |", "| hours | 2.75 |", "| last loss | 0.1 |", "Step 500:", "Step 1,400:",
+    ):  # fmt: skip
+        assert part in text
+    assert sorted(path.name for path in (run / "push/grids").iterdir()) == ["000500.png", "001300.png", "001400.png"]
+
+
+def test_a_base_in_a_folder_is_not_said_to_come_with_the_code(run: Path, here, tmp_path: Path) -> None:
+    tiny.stock("sd").save_pretrained(tmp_path / "my-base")
+    config = json.loads((run / "adapter" / CONFIG).read_text())
+    (run / "adapter" / CONFIG).write_text(json.dumps(config | {"base": str(tmp_path / "my-base")}))
+    assert push(here, run, "me/cat", "--dry-run") == ""
+    text = (run / "push/README.md").read_text()
+    assert "`my-base`, a folder of the one who trained this" in text and str(tmp_path) not in text and "base_model" not in text
+
+
+def test_only_a_folder_of_an_earlier_push_is_replaced_and_never_by_half_of_one(run: Path, here, tmp_path: Path) -> None:
+    assert "was not written by train.push; remove it" in push(here, run, "me/cat", "--dry-run", "--out", tmp_path)
+    assert push(here, run, "me/cat", "--dry-run") == ""
+    before = sorted(path for path in run.rglob("*"))
+    (run / "push" / CARD).write_text("older")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "copy", full)
+        assert f"{run / 'push'} cannot be written ([Errno 28]" in push(here, run, "me/cat", "--dry-run")
+    assert sorted(path for path in run.rglob("*")) == before and (run / "push" / CARD).read_text() == "older"
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_a_run_lacks_is_named(run: Path, here, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
 from train.personalizer import Personalizer, StorybookTask
 from train.reader import MARGIN, TILE, ReaderLesson, ReaderTask, tiles
+from train.state import Checkpoint, load_weights
 from train.whitening import WhitenedAdamW, whitening
 
 LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
@@ -75,6 +76,49 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_first_line_after_a_resume_is_a_mean_of_the_steps_behind_it(tmp_path: Path) -> None:
+    fit(task(), LOOP, tmp_path / "each", {})
+    interrupted = task()
+    interrupted.stop_after = 3
+    with pytest.raises(Stopped):
+        fit(interrupted, replace(LOOP, log_every=4), tmp_path / "parts", {})
+    fit(task(), replace(LOOP, log_every=4), tmp_path / "parts", {})
+    assert [(line["step"], line["loss"]) for line in log(tmp_path / "parts")] == [(4, log(tmp_path / "each")[3]["loss"])]
+
+
+@pytest.mark.parametrize("file", ["progress.json", "average.safetensors", "optimizer.safetensors"])
+def test_damaged_checkpoints_are_named(tmp_path: Path, file: str) -> None:
+    checkpoint = Checkpoint(tmp_path / "state")
+    assert checkpoint.load() is None
+    checkpoint.save({part: {"weight": torch.zeros(8)} for part in ("model", "average", "optimizer")}, {"step": 3})
+    (tmp_path / "state" / file).write_bytes((tmp_path / "state" / file).read_bytes()[:9])
+    with pytest.raises(NestedAttentionError, match=f"state/{file} is missing or damaged .*; put back a copy, or remove the folder"):
+        checkpoint.load()
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    for saved in ({}, {"weight": torch.zeros(3)}):
+        with pytest.raises(NestedAttentionError, match=r"that of another model: weight is not in it, or of another size.*--out"):
+            load_weights({"weight": torch.zeros(2)}, saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 3, "accumulation": 2}, "a batch of 3 cannot be divided into 2 equal parts"),
+        ({"shard": True, "muon_lr": 1e-3}, "Muon needs whole matrices"),
+        ({"mixed_precision": "fp16"}, "mixed_precision 'fp16' needs gradients that are scaled.*; use 'bf16' or 'no'"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(NestedAttentionError, match=words):
+        fit(task(), replace(LOOP, **changes), tmp_path, {})
 
 
 def test_a_run_behind_another_sees_what_comes_next() -> None:
@@ -181,7 +225,7 @@ def test_the_middle_is_asked_for_what_the_image_encoder_sees() -> None:
 
 def test_a_reader_learns_to_tell_of_portraits(tmp_path: Path) -> None:
     sizes = QFormerConfig(num_tokens=16, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=32)
-    made = ReaderTask(ReaderLesson(tiny.vision(128), QFormer(sizes)), "person")
+    made = ReaderTask(ReaderLesson(tiny.vision(128), QFormer(sizes), "person"), "person")
     sample = made.dataset(1)[0]
     again = F.fold(tiles(sample["portrait"][None]).mT, made.side, TILE + 2 * MARGIN, padding=MARGIN, stride=TILE)
     assert again.shape == (1, 4, made.side, made.side) and sample["weights"].shape == (1, made.side, made.side)

@@ -3,13 +3,17 @@
 import hashlib
 import random
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from tests import tiny
 from train.objective import Diffusion
+from train.storybook.__main__ import sheet
 from train.storybook.captions import caption
 from train.storybook.dataset import Pictures, token_mask
 from train.storybook.kinds import KINDS
@@ -94,6 +98,36 @@ def test_captions_say_what_is_there() -> None:
         named = caption(picture, random.Random(index), ("<person>",))
         assert named.text.count("<person>") == 1
     assert len(set(texts)) > 290
+
+
+def test_captions_say_what_they_claim_to_say() -> None:
+    """What is mentioned changes the text; what is not does not."""
+    told = 0
+    for index in range(200):
+        picture = sample_picture("train", index, ("person",))
+        (placed,) = picture.subjects
+        said = caption(picture, random.Random(index))
+        for field in ("garment colour", "accessory"):
+            others = [value for value in KINDS["person"].attributes[field] if value not in (placed.character.attributes[field], "none")]
+            if placed.character.attributes[field] == "none":
+                continue
+            other = replace(placed.character, attributes=placed.character.attributes | {field: others[0]})
+            changed = caption(replace(picture, subjects=(replace(placed, character=other),)), random.Random(index))
+            assert (changed.text != said.text) == (field in said.mentioned[0])
+            told += field in said.mentioned[0]
+    assert told > 100
+
+
+def test_workers_bring_the_same_pictures() -> None:
+    pictures = Pictures("train", tiny.tokenizer(), 8, Diffusion())
+    alone, together = (torch.cat([batch["pixels"] for batch in DataLoader(pictures, 2, num_workers=count)]) for count in (0, 2))
+    assert torch.equal(alone, together)
+
+
+def test_a_contact_sheet_shows_pictures_masks_and_references() -> None:
+    page = sheet("train", 0, 1, 2)
+    assert page.size == (2 * (3 * CANVAS + 8), CANVAS + 34)
+    assert np.array_equal(np.asarray(page)[:CANVAS, :CANVAS], render(sample_picture("train", 0)).image)
 
 
 def test_the_noun_is_found_among_the_tokens() -> None:

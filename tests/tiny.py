@@ -138,5 +138,5 @@ def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
     made = stock(architecture)
     base = replace(BASES["sd15"], name="tiny", steps=3, fast_steps=2, guidance_scale=3.0, negative_prompt="", size=32, sizes=(16, 64, 8))
     pipe = NestedAttentionPipeline(base, made, {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}, {})
-    pipe.image_encoders._loaded["vision"] = vision()
+    pipe.image_encoders._loaded["vision", "", None] = vision()
     return pipe

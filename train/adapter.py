@@ -1,11 +1,12 @@
 """An adapter for one kind of subject, on Storybook's pictures or on photos:
 
-    python -m train.adapter --kind person --config train/configs/storybook.toml
-    python -m train.adapter --kind person --config train/configs/sdxl.toml --base sdxl --data PREPARED_FOLDER
+    python -m train.adapter --kind cat
+    python -m train.adapter --base sdxl --data PREPARED_FOLDER
 
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
-of the config; its stages follow each other, each a run of its own below the last. `--init` starts from another adapter than the
-config's `start`, which has had its first lessons (`train.reader`, `train.keys`).
+of the config, which is `train/configs/BASE.toml` if not given; its stages follow each other, each a run of its own below the
+last. `--init` starts from another adapter than the config's `start`, which has had its first lessons (`train.reader`,
+`train.keys`).
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
@@ -20,16 +21,23 @@ from accelerate import PartialState
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights, save_adapter
+from nested_attention.bases import BASES, find_base
 from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
 from nested_attention.encoding import ImageEncoders
 from nested_attention.errors import spoken_at_exit
+from nested_attention.faces import SEARCHES
+from nested_attention.hub import commit_of
 from nested_attention.loading import load_base
 from train.loop import LoopConfig, Share, fit
 from train.objective import Diffusion
 from train.personalizer import AdapterTask, Personalizer, StorybookTask
+from train.photos.cache import FeatureCache
+from train.photos.sample import Source
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
 from train.storybook.kinds import KINDS
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -52,30 +60,57 @@ class Job:
         preset, stock = load_base(self.base, dtype)
         if config.get("checkpointing"):
             stock.unet.enable_gradient_checkpointing()
+        comes_along, source = (preset.adapters or Path()) / self.kind, config["image_encoder"]
+        local = source.startswith(".") or (comes_along / source).is_dir()
         described = AdapterConfig(
-            self.kind, self.word, preset.name, config["image_encoder"], config.get("image_subfolder", ""),
-            value_norm=config["value_norm"], lam=config["lam"], framing=config.get("framing", "whole"), licence=config["licence"],
-            image=ImageConfig.from_dict(config["image"]),
+            self.kind, self.word, preset.name, source, config.get("image_subfolder", ""), None if local else commit_of(source),
+            value_norm=config["value_norm"], lam=config["lam"], licence=config["licence"], image=ImageConfig.from_dict(config["image"]),
+            framing=config.get("framing", "whole") if self.kind in SEARCHES else "whole",  # as `train.prepare` makes references
         )  # fmt: skip
-        comes_along = (preset.adapters or Path()) / self.kind
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
         width = stock.unet.config.cross_attention_dim
         sizes = QFormerConfig(**config["qformer"], feature_dim=feature_dim(encoder), output_dim=width)
         adapter = Adapter(replace(described, qformer=sizes), stock.unet)
         start = self.init or (Path(config["start"].format(kind=self.kind)) if "start" in config else None)
         if start is not None:
-            adapter.load_state_dict(read_weights(start / WEIGHTS))
-        return Personalizer(stock.to(device), adapter.float(), encoder), NestedAttentionPipeline(preset, stock, {}, {}, device)
+            try:
+                adapter.load_state_dict(read_weights(start / WEIGHTS))
+            except RuntimeError as error:
+                raise NestedAttentionError(
+                    f"{start / WEIGHTS} has other sizes than the config and the base {preset.name} ask for; start from an adapter that was "
+                    "trained with them, or give its sizes in [adapter.qformer]."
+                ) from error
+        return Personalizer(stock.to(device), adapter.float(), encoder, config.get("even", False)), NestedAttentionPipeline(
+            preset, stock, {}, {}, device
+        )
 
-    def task(self, model: Personalizer, pipe: NestedAttentionPipeline, stage: dict[str, Any]) -> AdapterTask:
+    def photos(self) -> Source | None:
+        """The photos to train on; None to train on Storybook's pictures.
+
+        Raises:
+            NestedAttentionError: they cannot be used, or the config is made for the other one of both.
+        """
         if self.data is None:
+            if "diffusion" not in self.config:
+                raise NestedAttentionError("this config is for photos, it has no [adapter.diffusion]; name them with --data.")
+            if self.kind not in KINDS:
+                raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(KINDS)}; name photos with --data.")
+            return None
+        if any("resolution" not in stage for stage in self.config["stages"]):
+            raise NestedAttentionError(
+                "this config is for Storybook's own pictures, its stages have no resolution; name a base for photos, such as --base sdxl, "
+                "or leave out --data."
+            )
+        return open_source(self.data, self.kind)
+
+    def task(self, model: Personalizer, pipe: NestedAttentionPipeline, photos: Source | None, stage: dict[str, Any]) -> AdapterTask:
+        if photos is None:
             return StorybookTask(model, pipe, Diffusion(**self.config["diffusion"]))
-        return PhotoTask(model, pipe, open_source(self.data), stage["resolution"], self.cache)
+        return PhotoTask(model, pipe, photos, stage["resolution"], None if self.cache is None else FeatureCache(self.cache))
 
     def run(self) -> Path:
         """Trains stage after stage; returns the folder of the finished adapter."""
-        if self.data is None and self.kind not in KINDS:
-            raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(KINDS)}; name photos with --data.")
+        photos = self.photos()  # before the base is fetched, which takes longest
         state, learned = PartialState(), None
         for number, stage in enumerate(stages := self.config["stages"], 1):
             folder = self.out if number == len(stages) else self.out / f"stage-{number}"
@@ -83,8 +118,8 @@ class Job:
             model, pipe = self.model()
             if learned is not None:
                 model.load_state_dict(learned, strict=False)
-            task = self.task(model, pipe, stage)
-            if isinstance(task, PhotoTask) and self.cache is not None:
+            task = self.task(model, pipe, photos, stage)
+            if isinstance(task, PhotoTask) and task.cache is not None:
                 task.cache_features(Share(rank=state.process_index, processes=state.num_processes))
                 state.wait_for_everyone()
             described = {"data": self.data or "Storybook", "stage": stage, "adapter": asdict(model.adapter.config)}
@@ -95,10 +130,36 @@ class Job:
         return self.out / "adapter"
 
 
+def default_config(base: str) -> Path:
+    """`train/configs/BASE.toml`; SDXL's for other bases of its architecture.
+
+    Raises:
+        NestedAttentionError: there is none, or no such base.
+    """
+    there = {path.stem: path for path in CONFIGS.glob("*.toml")}
+    if base in there:
+        return there[base]
+    if find_base(base).pipeline == BASES["sdxl"].pipeline:
+        return there["sdxl"]
+    raise NestedAttentionError(f"there is no config for the base {base}; write one after {there['sdxl']} and name it with --config.")
+
+
+def read_section(path: Path) -> dict[str, Any]:
+    """The section `[adapter]` of a config.
+
+    Raises:
+        NestedAttentionError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text())["adapter"]
+    except (OSError, ValueError, KeyError) as error:
+        raise NestedAttentionError(f"{path} is no config with a section [adapter] ({error}); check the path and the file.") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--kind", required=True, help="what is personalized; also its placeholder <KIND>")
+    parser.add_argument("--config", type=Path, help="train/configs/BASE.toml if not given; for others of SDXL's architecture sdxl.toml")
+    parser.add_argument("--kind", default="person", help="what is personalized, person if not given; also its placeholder <KIND>")
     parser.add_argument("--word", help="the ordinary word in its place, if it is not KIND")
     parser.add_argument("--base", default="storybook", help="a base model by name, folder or repo id")
     parser.add_argument("--data", help="photos; Storybook's own pictures if not given")
@@ -106,10 +167,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for the photos' text and image features, computed once")
     parser.add_argument("--out", type=Path, help="runs/adapter-KIND if not given")
     options = parser.parse_args()
-    config = tomllib.loads(options.config.read_text())["adapter"]
     out = options.out or Path(f"runs/adapter-{options.kind}")
     word = options.word or options.kind
     with spoken_at_exit():
+        config = read_section(options.config or default_config(options.base))
         folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
     print(f"the adapter is in {folder}")
 

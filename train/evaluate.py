@@ -20,18 +20,22 @@ from torch import Tensor
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
+from nested_attention.bench.visitor import visitor_table
 from train.judge import Judge, load_judge
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
+from train.storybook.kinds import KINDS
 from train.storybook.labels import answers, questions, view
+from train.storybook.palette import GARMENT
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity, sample_picture, sample_reference
 from train.storybook.styles import STYLES
 
 GALLERY = 100  # identities among which the right one has to be found
 GALLERY_VIEWS = 4  # renders averaged for each
-KINDS_OF_SUITE = {
-    "base": (None,), "person": (("person",),), "cat": (("cat",),), "vehicle": (("vehicle",),),
+FOUND, FOUND_IN_COLOUR = f"{{}} found among {GALLERY}", "{} found, where the style keeps colours"
+KINDS_OF_SUITE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
+    "base": (None,), **{kind: ((kind,),) for kind in KINDS},
     "person + cat": (("person", "cat"), ("cat", "person")), "two people": (("person", "person"),),
 }  # fmt: skip
 
@@ -176,7 +180,9 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
                 if galleries:
                     number = (case.index + 37 * which) % GALLERY
                     found = int((galleries[kind] @ embedding).argmax()) == number
-                    store.setdefault(f"{kind} found among {GALLERY}", []).append(found)
+                    store.setdefault(FOUND.format(kind), []).append(found)
+                    if STYLES[case.picture.style].keeps_colour:
+                        store.setdefault(FOUND_IN_COLOUR.format(kind), []).append(found)
         if count == 2 and suite != "base":
             store["both kinds present"] = present.tolist()
     return {field: Score.of(values, ceiling[field]) for field, values in right.items()}
@@ -192,10 +198,18 @@ def asked(case: Case, which: int) -> list[str]:
     """The attributes of a subject that the prompt states and a picture can show."""
     attributes = case.picture.subjects[which].character.attributes
     fields = [field for field in case.said.mentioned[which] if attributes[field] != "none"]
-    return [field for field in fields if "colour" not in field or STYLES[case.picture.style].keeps_colour]
+    coloured = [field for field in fields if "colour" in field or attributes[field].split()[0] in GARMENT]  # "red scarf"
+    return fields if STYLES[case.picture.style].keeps_colour else [field for field in fields if field not in coloured]
 
 
-def run(suites: dict[str, int], processes: int) -> dict[str, dict[str, dict[str, Score]]]:
+def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
+    """The first pictures of a suite, unsorted, six in a row."""
+    shown = images[: min(len(images) // columns, columns) * columns]
+    rows = [np.concatenate(shown[start : start + columns], 1) for start in range(0, len(shown), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def run(suites: dict[str, int], processes: int, sheets: Path | None) -> dict[str, dict[str, dict[str, Score]]]:
     """Suite -> ("base" without subjects, "personalized" with them) -> field -> score."""
     judge = load_judge(ASSETS / "storybook/judge")
     results: dict[str, dict[str, dict[str, Score]]] = {}
@@ -206,27 +220,41 @@ def run(suites: dict[str, int], processes: int) -> dict[str, dict[str, dict[str,
                     continue
                 cases = [make_case(suite, index, mode == "personalized") for index in range(count)]
                 images = list(pool.map(draw_case, cases, chunksize=4))
+                if sheets is not None:
+                    sheet(images).save(sheets / f"{suite.replace(' ', '')}-{mode}.jpg", quality=90)
                 scores = measure(judge, suite, cases, images)
                 results.setdefault(suite, {})[mode] = scores
-                print(f"\n{suite}, {mode} ({count} prompts)", flush=True)
-                for field, score in scores.items():
-                    print(f"  {field:28s} {score}", flush=True)
+                report(suite, mode, count, scores, results[suite].get("base") if mode == "personalized" else None)
     return results
+
+
+def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score] | None) -> None:
+    """Prints the scores of a suite, and what the prompt lost in points against the same prompts without a subject."""
+    print(f"\n{suite}, {mode} ({count} prompts; of {GALLERY} chance finds {1 / GALLERY:.0%})", flush=True)
+    for field, score in scores.items():
+        kept = base is not None and field in base and "found" not in field
+        change = f"  against the base {100 * (score.value - base[field].value):+5.1f}" if base is not None and kept else ""
+        print(f"  {field:40s} {score}{change}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument("--suite", choices=("storybook",), default="storybook")
     parser.add_argument("--json", type=Path, help="also write all scores to this file")
+    parser.add_argument("--sheets", type=Path, help="also save the first pictures of every part to this folder, to look at")
     parser.add_argument("--quick", action="store_true", help="few prompts: five minutes on two cores, wide intervals")
     parser.add_argument("--only", choices=KINDS_OF_SUITE, nargs="+", help="only these parts")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     count = 16 if options.quick else 512
-    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes)
+    if options.sheets:
+        options.sheets.mkdir(parents=True, exist_ok=True)
+    waits = visitor_table()
+    print("\n".join(["seconds", *(f"  {name:40s} {value:6.2f}" for name, value in waits.items())]), flush=True)
+    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, options.sheets)
     if options.json:
         plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
-        options.json.write_text(json.dumps(plain, indent=1) + "\n")
+        options.json.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.provenance import Provenance, SubjectNote
 from nested_attention.ui.examples import FOLDER
-from nested_attention.ui.studio import slot_names
+from nested_attention.ui.studio import provenances, slot_names
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity
 
@@ -58,11 +57,10 @@ def main() -> None:
             reference(kind, name).save(FOLDER / file)
             subjects.append(pipe.encode(kind, FOLDER / file, placeholder))
             slots.append({"kind": kind, "files": [file]})
-        made = pipe(plan.prompt, subjects, num_images=4, seed=plan.seed)
-        notes = tuple(SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, ()) for s in subjects)
-        results = [f"example-{number}-{k}.png" for k in range(len(made.images))]
-        for image, file in zip(made.images, results, strict=True):
-            Provenance(pipe.base.name, made.settings, notes).save(image, FOLDER / file)
+        generation = pipe(plan.prompt, subjects, num_images=4, seed=plan.seed)
+        results = [f"example-{number}-{k}.png" for k in range(len(generation.images))]
+        for image, file, made in zip(generation.images, results, provenances(pipe.base.name, generation, subjects), strict=True):
+            made.save(image, FOLDER / file)
         entries.append({"title": plan.title, "prompt": plan.prompt, "seed": plan.seed, "slots": slots, "results": results})
         print(f"{plan.title}: {plan.prompt}", flush=True)
     (FOLDER / "examples.json").write_text(json.dumps(entries, indent=1) + "\n")

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from nested_attention.adapters import read_weights
 from nested_attention.files import replaced
 from train.encoder import answer_loss, find_each_other
 from train.loop import Batch, LoopConfig, Task, fit
@@ -69,9 +70,10 @@ def save_judge(judge: Judge, folder: Path) -> None:
 
 
 def load_judge(folder: Path) -> Judge:
+    tensors = read_weights(folder / "judge.safetensors")
     config = json.loads((folder / "config.json").read_text())
     judge = Judge(tuple(config["widths"]), config["embedding"])
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    judge.load_state_dict(tensors)
     return judge.eval().requires_grad_(False)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from nested_attention.errors import NestedAttentionError
 from nested_attention.loading import computes_bfloat16
 from train.optim import build_optimizers
 from train.sharding import shard, synchronize
@@ -38,8 +39,8 @@ class LoopConfig:
     `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
     `muon_lr` 0 leaves everything to AdamW; `white_lr` is AdamW's rate where a task gives white coordinates. `behind`: steps
-    of earlier runs that this one goes on from with `--init`; its samples begin behind theirs. `mixed_precision` is
-    accelerate's; without it bfloat16 is used where the device computes in it. `shard`: the processes divide the model
+    of earlier runs that this one goes on from with `--init`; its samples begin behind theirs. `mixed_precision`
+    is "bf16" or "no"; without it bfloat16 is used where the device computes in it. `shard`: the processes divide the model
     instead of holding a copy each.
     """
 
@@ -123,13 +124,13 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     `description` is written next to the run, so that anyone can see how it was made.
 
     Raises:
-        ValueError: processes and accumulation do not divide the batch, or Muon was asked for in a sharded run.
+        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot.
         FloatingPointError: the loss is no longer finite.
     """
+    check(config, PartialState().num_processes)
     precision = config.mixed_precision or ("bf16" if computes_bfloat16(PartialState().device) else "no")
     accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
     processes, device = accelerator.num_processes, accelerator.device
-    check(config, processes)
     model = task.model.to(device)
     sharded = config.shard and processes > 1
     if sharded:
@@ -161,6 +162,7 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     batches = iterate(task, config, Share(config.behind + step, accelerator.process_index, processes))
     saved = tick = time.monotonic()
     sums: dict[str, float] = {}
+    summed = 0  # steps that are in `sums`: after a resume fewer than usual
     while step < config.steps:
         for part in range(config.accumulation):
             batch = {key: value.to(device) for key, value in next(batches).items()}
@@ -180,19 +182,20 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             optimizer.step()
             optimizer.zero_grad()
         step += 1
+        summed += 1
         average.update(min(config.ema, (1 + step) / (10 + step)))
         line: dict[str, float] = {}
         if step % config.log_every == 0:
-            means = accelerator.reduce(torch.tensor(list(sums.values()), device=device) / config.log_every, "mean")
+            means = accelerator.reduce(torch.tensor(list(sums.values()), device=device) / summed, "mean")
             now = time.monotonic()
             seconds += now - tick
             line = {key: round(value, 5) for key, value in zip(sums, means.tolist(), strict=True)}
-            line |= {"rate": round(config.rate(step), 4), "samples_per_s": round(config.log_every * config.batch_size / (now - tick), 2)}
+            line |= {"rate": round(config.rate(step), 4), "samples_per_s": round(summed * config.batch_size / (now - tick), 2)}
             line |= {"hours": round(seconds / 3600, 3)}
-            sums, tick = {}, now
+            sums, summed, tick = {}, 0, now
         if config.held_out_every and step % config.held_out_every == 0:
             with accelerator.autocast(), average.in_place():
-                line["held_out"] = held_out_loss(task, device)
+                line |= held_out_loss(task, device)
         if line and accelerator.is_main_process:
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps({"step": step, **line}) + "\n")
@@ -212,11 +215,22 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
 
 
 def check(config: LoopConfig, processes: int) -> None:
+    """Whether a run with these settings can be.
+
+    Raises:
+        NestedAttentionError: it cannot.
+    """
     parts = processes * config.accumulation
     if config.batch_size % parts:
-        raise ValueError(f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation.")
+        raise NestedAttentionError(
+            f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation."
+        )
     if config.shard and config.muon_lr:
-        raise ValueError("Muon needs whole matrices, which no process has in a sharded run; set muon_lr to 0.")
+        raise NestedAttentionError("Muon needs whole matrices, which no process has in a sharded run; set muon_lr to 0.")
+    if config.mixed_precision not in (None, "no", "bf16"):
+        raise NestedAttentionError(
+            f"mixed_precision {config.mixed_precision!r} needs gradients that are scaled, which this loop does not do; use 'bf16' or 'no'."
+        )
 
 
 def agreed(accelerator: Accelerator, wish: bool) -> bool:
@@ -253,7 +267,7 @@ class Order:
 
 
 @torch.no_grad()
-def held_out_loss(task: Task, device: torch.device) -> float:
-    """The mean loss over `task.held_out()`, with the same noise every time."""
+def held_out_loss(task: Task, device: torch.device) -> dict[str, float]:
+    """For the log: the mean loss over `task.held_out()`, with the same noise every time; nothing if nothing is held out."""
     losses = [task.loss(task.model, {key: value.to(device) for key, value in batch.items()})[0] for batch in task.held_out()]
-    return round(float(torch.stack(losses).mean()), 5)
+    return {"held_out": round(float(torch.stack(losses).mean()), 5)} if losses else {}

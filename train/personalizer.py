@@ -6,6 +6,7 @@ adapter knows nothing of the others.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from nested_attention.condition import NestedCondition
 from nested_attention.encoder import image_features
 from nested_attention.encoding import encode_subject
 from nested_attention.images import padded_square
+from train.evening import evened
 from train.loop import Batch, Task
 from train.objective import Diffusion, objective_of, weighted_mean
 from train.storybook.personal import PersonalPictures
@@ -48,10 +50,11 @@ def text_states(stock: DiffusionPipeline, input_ids: Tensor) -> dict[str, Tensor
 
 
 class Personalizer(nn.Module):
-    """Everything a training step runs through; only `adapter` learns."""
+    """Everything a training step runs through; only `adapter` learns. `even`: no sample drowns the others (`train.evening`)."""
 
-    def __init__(self, stock: DiffusionPipeline, adapter: Adapter, image_encoder: PreTrainedModel):
+    def __init__(self, stock: DiffusionPipeline, adapter: Adapter, image_encoder: PreTrainedModel, even: bool = False):
         super().__init__()
+        self.even = even
         self.stock = stock
         self.frozen = nn.ModuleList(part for part in stock.components.values() if isinstance(part, nn.Module)).eval()
         self.image_encoder = image_encoder.eval()
@@ -71,6 +74,13 @@ class Personalizer(nn.Module):
         features = image_features(self.image_encoder, reference, self.adapter.config.image.layer)
         return {"features": features, **text_states(self.stock, batch["input_ids"])}
 
+    def in_one_dtype(self) -> AbstractContextManager:
+        """Inside, the adapter, which is in 32 bit, computes as the frozen parts do where these are in 16, even without autocast."""
+        unet = self.stock.unet
+        if unet.dtype == torch.float32 or torch.is_autocast_enabled(unet.device.type):
+            return nullcontext()
+        return torch.autocast(unet.device.type, unet.dtype)
+
     def forward(
         self, noisy: Tensor, timesteps: Tensor, columns: Tensor, states: Tensor, features: Tensor,
         pooled: Tensor | None = None, sizes: Tensor | None = None,
@@ -82,9 +92,12 @@ class Personalizer(nn.Module):
         """
         config, unet = self.adapter.config, self.stock.unet
         one = torch.ones((), device=noisy.device)
+        projected = self.adapter.project(self.adapter.qformer(features.float()))
+        if self.even:
+            projected = {name: (evened(key), evened(value)) for name, (key, value) in projected.items()}
         layers = {
             name: [LayerSubject(columns, key, value, one, config.lam * one, one, config.value_norm)]
-            for name, (key, value) in self.adapter.project(self.adapter.qformer(features.float())).items()
+            for name, (key, value) in projected.items()
         }
         condition = NestedCondition(len(noisy), layers)
         added = None if pooled is None else {"text_embeds": pooled.to(unet.dtype), "time_ids": sizes}
@@ -114,9 +127,10 @@ class AdapterTask(Task):
         clean = self.model.latents(batch["pixels"])
         known = batch if "features" in batch else self.model.conditions(batch)
         conditions = {name: known[name] for name in ("states", "features", "pooled") if name in known}
-        predicted = model(
-            objective.noisy(clean, noise, level), objective.timesteps(level), batch["columns"], sizes=batch.get("sizes"), **conditions
-        )
+        with self.model.in_one_dtype():
+            predicted = model(
+                objective.noisy(clean, noise, level), objective.timesteps(level), batch["columns"], sizes=batch.get("sizes"), **conditions
+            )
         error = objective.error(predicted.float(), clean, noise, level)
         return weighted_mean(error, batch.get("weights", torch.ones_like(error))), {}
 
@@ -130,8 +144,9 @@ class AdapterTask(Task):
         adapter, side = self.model.adapter, self.pipe.base.size
         rows = []
         for seed, reference in enumerate(self.references()):
-            subject = encode_subject(f"<{adapter.config.kind}>", [reference], adapter, self.model.image_encoder, SubjectCache())
-            made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
+            with self.model.in_one_dtype():
+                subject = encode_subject(f"<{adapter.config.kind}>", [reference], adapter, self.model.image_encoder, SubjectCache())
+                made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
             rows.append(np.concatenate([np.asarray(image) for image in (padded_square(reference, side), *made)], 1))
         return Image.fromarray(np.concatenate(rows))
 

@@ -1,4 +1,4 @@
-"""A folder of photos with captions, made ready for adapter training: `python -m train.prepare FOLDER --kind person`.
+"""A folder of photos with captions, made ready for adapter training: `python -m train.prepare FOLDER`.
 
 A caption is `NAME.txt` beside the picture, or "text" in a line of `metadata.jsonl` with "file_name". Of people and cats
 the largest face becomes the reference, of other kinds the whole picture; "box" in that line, `[left, top, right, bottom]`
@@ -167,7 +167,7 @@ def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> R
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.prepare", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", required=True, help="what the photos show: person, cat, or any other word")
+    parser.add_argument("--kind", default="person", help="what the photos show: person (if not given), cat, pet, or any other word")
     parser.add_argument("--out", type=Path, help="FOLDER-prepared if not given")
     parser.add_argument("--may-download", action="store_true", help="fetch insightface's models (non-commercial research) if missing")
     options = parser.parse_args()

@@ -17,8 +17,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from nested_attention.adapters import CONFIG, WEIGHTS, AdapterConfig, read_config, read_weights
-from nested_attention.bases import Base, find_base
+from nested_attention.bases import ASSETS, BASES, Base, find_base
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
+from nested_attention.files import replaced
 from nested_attention.hub import record_file, spoken_errors
 
 CARD, IMAGE_ENCODER = "README.md", "image_encoder"
@@ -26,27 +27,48 @@ STORYBOOK = "the Storybook world (`train.storybook`), drawn on the fly: a pictur
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished adapter run.
+class Stage:
+    """One stage of a run, from what it left in its folder.
 
     Attributes:
-        config: of the adapter, with what was measured later (`metrics.json`, name -> number) among its metrics.
-        data: what it learned from: `data` in the run's `config.json`, or Storybook.
+        data: what it learned from, or None if that was not written down.
         hours, loss, held_out: the last ones in its log; not every run holds something out.
-        grids: the first, middle and last of its sample grids.
+        grids: step -> its sample grid.
     """
 
-    adapter: Path
-    config: AdapterConfig
-    base: Base
-    parameters: int
-    data: str
+    data: str | None
     steps: int
     batch_size: int
     hours: float
     loss: float
     held_out: float | None
-    grids: list[Path]
+    grids: dict[int, Path]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Stage":
+        """Raises:
+        NestedAttentionError: a file is missing or damaged.
+        """
+        try:
+            made = json.loads((folder / "config.json").read_text())
+            logged: dict[str, float] = {}
+            for line in (folder / "log.jsonl").read_text().splitlines():
+                logged |= json.loads(line)
+            loop, grids = made["loop"], {int(path.stem): path for path in sorted((folder / "grids").glob("[0-9]*.png"))}
+            return cls(made.get("data"), loop["steps"], loop["batch_size"], logged["hours"], logged["loss"], logged.get("held_out"), grids)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NestedAttentionError(f"the run {folder} is damaged ({error}); call `train.adapter` again, it resumes.") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished adapter run, `stages` in their order; `config` has what was measured later among its metrics."""
+
+    adapter: Path
+    config: AdapterConfig
+    base: Base
+    parameters: int
+    stages: list[Stage]
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -58,23 +80,26 @@ class Run:
         adapter = folder / "adapter"
         if not (adapter / WEIGHTS).is_file():
             raise NestedAttentionError(f"{folder} holds no finished adapter; let `train.adapter` train it to its last step first.")
-        config, weights = read_config(adapter), read_weights(adapter / WEIGHTS)
-        try:
-            made = json.loads((folder / "config.json").read_text())
-            steps, batch_size = made["loop"]["steps"], made["loop"]["batch_size"]
-            logged: dict[str, float] = {}
-            for line in (folder / "log.jsonl").read_text().splitlines():
-                logged |= json.loads(line)
-            hours, loss, held_out = logged["hours"], logged["loss"], logged.get("held_out")
-            if (folder / "metrics.json").is_file():
-                config = replace(config, metrics=config.metrics | json.loads((folder / "metrics.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NestedAttentionError(f"the run {folder} is damaged ({error}); call `train.adapter` again, it resumes.") from error
-        data = made.get("data", STORYBOOK if config.base == "storybook" else "not recorded")
-        drawn = sorted((folder / "grids").glob("[0-9]*.png"))
-        grids = sorted({drawn[0], drawn[len(drawn) // 2], drawn[-1]}) if drawn else []
-        parameters = sum(value.numel() for value in weights.values())
-        return cls(adapter, config, find_base(config.base), parameters, data, steps, batch_size, hours, loss, held_out, grids)
+        config, measured = read_config(adapter), folder / "metrics.json"
+        if measured.is_file():
+            try:
+                config = replace(config, metrics=config.metrics | json.loads(measured.read_text()))
+            except (ValueError, TypeError) as error:
+                raise NestedAttentionError(f"{measured} is damaged ({error}); write it again as names with numbers.") from error
+        stages = [Stage.read(stage) for stage in (*sorted(folder.glob("stage-*")), folder)]
+        parameters = sum(value.numel() for value in read_weights(adapter / WEIGHTS).values())
+        return cls(adapter, config, find_base(config.base), parameters, stages)
+
+    @property
+    def grids(self) -> dict[int, Path]:
+        """The first, middle and last of the sample grids, by step, counted through all stages."""
+        drawn: dict[int, Path] = {}
+        before = 0
+        for stage in self.stages:
+            drawn |= {before + step: grid for step, grid in stage.grids.items()}
+            before += stage.steps
+        steps = sorted(drawn)
+        return {step: drawn[step] for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]})} if steps else {}
 
 
 def find_image_encoder(run: Run, given: Path | None) -> Path | None:
@@ -96,58 +121,80 @@ def find_image_encoder(run: Run, given: Path | None) -> Path | None:
 
 
 def write_folder(run: Run, repo: str, image_encoder: Path | None, out: Path) -> list[str]:
-    """Writes what is to be uploaded into `out`. Returns the names of the files."""
+    """Writes what is to be uploaded into `out`, in place of what an earlier push wrote. Returns the names of the files.
+
+    Raises:
+        NestedAttentionError: `out` is something else, or cannot be written.
+    """
+    if out.exists() and not all((out / name).is_file() for name in (CARD, WEIGHTS)):
+        raise NestedAttentionError(f"{out} is there and was not written by train.push; remove it, or give another folder with --out.")
     config, sources = run.config, {WEIGHTS: run.adapter / WEIGHTS}
     if image_encoder is not None:
         config = replace(config, image_encoder=IMAGE_ENCODER, image_subfolder="", image_revision=None)
         files = [*image_encoder.glob("*.json"), *image_encoder.glob("*.safetensors")]
         sources |= {f"{IMAGE_ENCODER}/{file.name}": file for file in files}
-    sources |= {f"grids/{grid.name}": grid for grid in run.grids}
-    for name, source in sources.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, out / name)
-    (out / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    (out / CARD).write_text(card(run, repo))
+    sources |= {f"grids/{step:06d}.png": grid for step, grid in run.grids.items()}
+    with replaced(out) as fresh:
+        for name, source in sources.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, fresh / name)
+        (fresh / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (fresh / CARD).write_text(card(run, repo))
     return [*sources, CONFIG, CARD]
+
+
+def whereabouts(base: Base) -> str:
+    """Where a reader of the card gets the base model."""
+    source = Path(base.source)
+    if not source.is_absolute():
+        return f"[{base.source}](https://huggingface.co/{base.source})"
+    return "which comes with the code" if ASSETS in source.parents else "a folder of the one who trained this, which is on no Hub"
+
+
+FRAMED = """from PIL import Image
+from nested_attention.faces import frame
+"""
 
 
 def card(run: Run, repo: str) -> str:
     """The model card. It says nothing that changes from one call to the next, so that a second push sends nothing."""
-    config, base, kind = run.config, run.base, run.config.kind
-    shipped = Path(base.source).is_absolute()
+    config, base, kind, last = run.config, run.base, run.config.kind, run.stages[-1]
+    local = Path(base.source).is_absolute()
+    called = Path(base.source).name if local and base.name not in BASES else base.name  # nobody else has a use for the path
     header = ModelCardData(
         license=config.licence.lower(), library_name="nested-attention", pipeline_tag="text-to-image",
-        base_model=None if shipped else base.source,  # the Hub accepts repo ids only
-        tags=["nested-attention", "personalization", "adapter", base.name, kind],
+        base_model=None if local else base.source,  # the Hub accepts repo ids only
+        tags=["nested-attention", "personalization", "adapter", called, kind],
     )  # fmt: skip
-    where = "which comes with the code" if shipped else f"[{base.source}](https://huggingface.co/{base.source})"
+    face, steps = config.framing == "face", [stage.steps for stage in run.stages]
+    picture = f'frame(Image.open("picture.png").convert("RGB"), "{kind}").image' if face else '"picture.png"'
     facts = {
-        "base model": f"`{base.name}`, {where}",
-        "data": run.data,
-        "steps": f"{run.steps:,}",
-        "batch size": f"{run.batch_size:,}",
-        "hours": f"{run.hours:g}",
-        "last loss": f"{run.loss:g}",
-        **({} if run.held_out is None else {"held-out loss": f"{run.held_out:g}"}),
+        "base model": f"`{called}`, {whereabouts(base)}",
+        "data": last.data or (STORYBOOK if config.base == "storybook" else "not recorded"),
+        "steps": f"{sum(steps):,}" + (f" ({' + '.join(f'{count:,}' for count in steps)})" if len(steps) > 1 else ""),
+        "batch size": " and ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in run.stages)),
+        "hours": f"{sum(stage.hours for stage in run.stages):g}",
+        "last loss": f"{last.loss:g}",
+        **({} if last.held_out is None else {"held-out loss": f"{last.held_out:g}"}),
         "parameters": f"{run.parameters / 1e6:.2f} million",
         **{name: f"{value:g}" for name, value in config.metrics.items()},
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    samples = "\n\n".join(f"Step {int(grid.stem):,}:\n\n![step {int(grid.stem)}](grids/{grid.name})" for grid in run.grids)
+    samples = "\n\n".join(f"Step {step:,}:\n\n![step {step}](grids/{step:06d}.png)" for step in run.grids)
     return f"""---
 {header.to_yaml()}
 ---
 
 # {repo.split("/")[1]}
 
-Give a picture of a {config.word}, write `<{kind}>` in a prompt: this adapter for the base model `{base.name}` draws the same
+Give a picture of a {config.word}, write `<{kind}>` in a prompt: this adapter for the base model `{called}` draws the same
 one, by [nested attention](https://arxiv.org/abs/2501.01407).
 
 ```python
-from nested_attention import NestedAttentionPipeline
+{FRAMED if face else ""}from nested_attention import NestedAttentionPipeline
 
-pipe = NestedAttentionPipeline.from_pretrained("{base.name}", adapter="{repo}")
-subject = pipe.encode("{kind}", "picture.png")
+pipe = NestedAttentionPipeline.from_pretrained("{called}", adapter="{repo}")
+subject = pipe.encode("{kind}", {picture})
 pipe("a drawing of <{kind}> on the beach", subjects=[subject]).images[0].save("drawn.png")
 ```
 

@@ -1,9 +1,10 @@
 """A Q-Former's first lesson: `python -m train.reader --kind person --config train/configs/storybook.toml`.
 
 Token `n` learns to tell how tile `n` of the subject's portrait looks, whatever the reference shows: the portrait is
-the subject in a square of its own, with attributes that are always the same. One linear layer reads every token, so what
-a tile looks like is written in all tokens alike, and a nested layer that learned to read one of them can read all. The
-image encoder stays as it is; the adapter of the kind starts from this Q-Former.
+the subject in a square of its own, with attributes that are always the same. Every token also learns to name all that
+lasts of the subject (its haircut, its hair's colour, ...), which is how the base knows things from words. One linear layer
+reads every token, so this is written in all tokens alike, and a nested layer that learned to read one of them can
+read all. The image encoder stays as it is; the adapter of the kind starts from this Q-Former.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from train.storybook.picture import render
 from train.storybook.sampling import Character, sample_picture, sample_reference
 
 TILE, MARGIN = 6, 3  # pixels of a portrait
+NAMING = 0.02  # weight of the fields' cross-entropy beside the pixels' error
 
 
 def portrait(character: Character, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +43,11 @@ def portrait(character: Character, side: int) -> tuple[np.ndarray, np.ndarray]:
     rgba, parts = kind.draw(character.identity, plain).resized(side)
     weights = weight_table()[list(KINDS).index(kind.name)].numpy()[parts]
     return rgba, weights
+
+
+def fields_of(character: Character) -> torch.Tensor:
+    """Class numbers of its identity's fields, `(fields,)`."""
+    return torch.tensor([values.index(character.identity[field]) for field, values in KINDS[character.kind].identity.items()])
 
 
 def tiles(picture: Tensor) -> Tensor:
@@ -63,24 +70,26 @@ class Portraits(Dataset):
         rgba, weights = portrait(target.subjects[0].character, self.side)
         return {
             "reference": to_tensor(reference), "portrait": torch.from_numpy(rgba).permute(2, 0, 1).contiguous(),
-            "weights": torch.from_numpy(weights)[None],
+            "weights": torch.from_numpy(weights)[None], "fields": fields_of(target.subjects[0].character),
         }  # fmt: skip
 
 
 class ReaderLesson(nn.Module):
-    """The frozen image encoder, the Q-Former, and the layer that reads its tokens."""
+    """The frozen image encoder, the Q-Former, and the layers that read its tokens."""
 
-    def __init__(self, encoder: PreTrainedModel, reader: QFormer):
+    def __init__(self, encoder: PreTrainedModel, reader: QFormer, kind: str):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.reader = reader
         self.look = nn.Linear(reader.config.output_dim, 4 * (TILE + 2 * MARGIN) ** 2)
+        self.names = nn.ModuleList(nn.Linear(reader.config.output_dim, len(values)) for values in KINDS[kind].identity.values())
 
-    def forward(self, references: Tensor) -> Tensor:
-        """What the tokens tell of their tiles, `(B, N, 4 * (TILE + 2 * MARGIN)^2)`."""
+    def forward(self, references: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the tokens tell of their tiles, `(B, N, 4 * (TILE + 2 * MARGIN)^2)`, and logits of every field, `(B, N, values)`."""
         with torch.no_grad():
             features = image_features(self.encoder, references, -1)
-        return self.look(self.reader(features))
+        tokens = self.reader(features)
+        return self.look(tokens), [name(tokens) for name in self.names]
 
 
 @dataclass
@@ -99,16 +108,20 @@ class ReaderTask(Task):
         return DataLoader(Portraits(self.kind, "validation", 192, self.side), 64)
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        seen, shown = model(batch["reference"]), tiles(batch["portrait"])
+        (seen, named), shown = model(batch["reference"]), tiles(batch["portrait"])
         weights = tiles(batch["weights"]).repeat(1, 1, 4)
         error = (weights * (seen.float() - shown) ** 2).mean() / weights.mean()
-        return error, {}
+        fields = batch["fields"][:, :, None].expand(-1, -1, seen.shape[1])  # (B, fields, N)
+        pairs = [(logits.float().flatten(0, 1), fields[:, k].flatten()) for k, logits in enumerate(named)]
+        naming = torch.stack([F.cross_entropy(*pair) for pair in pairs]).mean()
+        right = torch.stack([(logits.argmax(-1) == truth).float().mean() for logits, truth in pairs]).mean()
+        return error + NAMING * naming, {"error": float(error.detach()), "right": float(right)}
 
     @torch.no_grad()
     def grid(self) -> Image.Image:
         """References, portraits, and what the tokens tell of them."""
         batch = next(iter(self.held_out()))
-        made = self.model(batch["reference"][:16]).unflatten(2, (4, TILE + 2 * MARGIN, -1))[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+        made = self.model(batch["reference"][:16])[0].unflatten(2, (4, TILE + 2 * MARGIN, -1))[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
         made = F.fold(made.flatten(2).mT, self.side, TILE, stride=TILE)
         pictures = [x[:, :3] + 1 - x[:, 3:] for x in (batch["portrait"][:16], made)]
         rows = [F.interpolate((batch["reference"][:16] + 1) / 2, self.side, mode="area"), *pictures]
@@ -128,7 +141,7 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float()
     sizes = QFormerConfig(**whole["adapter"]["qformer"], feature_dim=feature_dim(encoder), output_dim=whole["text"]["model"]["width"])
-    lesson = ReaderLesson(encoder, QFormer(sizes))
+    lesson = ReaderLesson(encoder, QFormer(sizes), options.kind)
     lesson.load_state_dict(fit(ReaderTask(lesson, options.kind), LoopConfig(**config["loop"]), out, config), strict=False)
     with replaced(out / "reader.safetensors") as fresh:
         save_file(lesson.reader.state_dict(), fresh)

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
+
+TENSORS = ("model", "average", "optimizer")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -61,8 +65,17 @@ class Average:
 
 @torch.no_grad()
 def load_weights(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Puts the whole tensors of `saved` into `tensors`."""
+    """Puts the whole tensors of `saved` into `tensors`.
+
+    Raises:
+        NestedAttentionError: they are those of another model.
+    """
     for name, tensor in tensors.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise NestedAttentionError(
+                f"the run's checkpoint is that of another model: {name} is not in it, or of another size; go on with the config that "
+                "the run began with, or start another one with --out."
+            )
         tensor.copy_(like(tensor, saved[name]))
 
 
@@ -112,7 +125,22 @@ class Checkpoint:
             (fresh / "progress.json").write_text(json.dumps(progress))
 
     def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        if not (self.folder / "progress.json").exists():
+        """What was saved last; None if nothing was.
+
+        Raises:
+            NestedAttentionError: a file is missing or damaged.
+        """
+        path = self.folder / "progress.json"
+        if not path.exists():
             return None
-        tensors = {path.stem: load_file(path) for path in self.folder.glob("*.safetensors")}
-        return tensors, json.loads((self.folder / "progress.json").read_text())
+        tensors = {}
+        try:
+            progress = json.loads(path.read_text())
+            for name in TENSORS:
+                path = self.folder / f"{name}.safetensors"
+                tensors[name] = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise NestedAttentionError(
+                f"{path} is missing or damaged ({error}); put back a copy, or remove the folder {self.folder} to begin the run again."
+            ) from error
+        return tensors, progress

@@ -8,7 +8,7 @@ from nested_attention import NestedAttentionError, Progress
 from nested_attention.prompts import placeholders
 from nested_attention.ui.explain import explain_point
 from nested_attention.ui.gpu import on_gpu
-from nested_attention.ui.studio import Studio, result_of
+from nested_attention.ui.studio import Slot, Studio, result_of
 
 
 def spoken(error: NestedAttentionError) -> gr.Error:
@@ -24,7 +24,8 @@ def build_api(studio: Studio) -> None:
     def encode(kind: str, files: list[str] | None, placeholder: str, strength: float, request: gr.Request) -> dict[str, Any]:
         """Encodes the pictures of one subject and keeps it in the session."""
         try:
-            subject = studio.encode(studio.session(str(request.session_hash)), kind, files or [], placeholder or None, strength)
+            slot = Slot(kind, tuple(files or ()), strength)
+            subject = studio.encode(studio.session(str(request.session_hash)), slot, placeholder or None)
         except NestedAttentionError as error:
             raise spoken(error) from error
         return {"placeholder": subject.placeholder, "kind": subject.kind, "pictures": len(subject.images), "tokens": subject.num_tokens}
@@ -36,7 +37,8 @@ def build_api(studio: Studio) -> None:
         """Pictures of a prompt with the session's subjects that it names; and the parameters."""
         session = studio.session(str(request.session_hash))
         try:
-            subjects = [session.subjects[name] for name in placeholders(prompt) if name in session.subjects]
+            named = placeholders(prompt or "")  # clients may send null, which the settings refuse in words
+            subjects = [session.subjects[name] for name in named if name in session.subjects]
             for event in studio.generate(
                 session, prompt, subjects, negative_prompt=negative_prompt, num_images=num_images, steps=steps,
                 guidance_scale=guidance_scale, seed=seed,
@@ -47,14 +49,14 @@ def build_api(studio: Studio) -> None:
             raise spoken(error) from error
         raise AssertionError("a stream ends with its result")
 
-    def explain(placeholder: str, picture: float, x: float, y: float, request: gr.Request) -> dict[str, Any]:
+    def explain(placeholder: str, picture: float | None, x: float | None, y: float | None, request: gr.Request) -> dict[str, Any]:
         """Shares of attention at the point (x, y), fractions of width and height, of a picture (counted from 0)."""
         try:
-            report = explain_point(result_of(studio.session(str(request.session_hash))), placeholder, int(picture), x, y)
+            report = explain_point(result_of(studio.session(str(request.session_hash))), placeholder, picture, x, y)
         except NestedAttentionError as error:
             raise spoken(error) from error
         tokens = [{"token": token, "share": share} for token, share in report.tokens]
-        return {"words": report.words, "tokens": tokens, "patches": report.patches.tolist()}
+        return {"words": report.words, "subjects": report.subjects, "tokens": tokens, "patches": report.patches.tolist()}
 
     with gr.Row(visible=False):
         kind, placeholder, prompt, negative = (gr.Textbox() for _ in range(4))

@@ -3,14 +3,13 @@
 import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.settings import MAX_SUBJECTS
 from nested_attention.ui.api import build_api
 from nested_attention.ui.controls import build_advanced, build_prompt, knob_defaults
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import Handlers, insert_one
+from nested_attention.ui.handlers import EXAMPLE, Handlers, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
-from nested_attention.ui.slots import build_slots, framing_for
+from nested_attention.ui.slots import build_slots, framing_of, framings
 from nested_attention.ui.studio import Studio
 
 TITLE = """# Nested Attention
@@ -30,7 +29,7 @@ CSS = """
 def build_app(studio: Studio) -> gr.Blocks:
     """The whole page. Nothing is generated until somebody asks."""
     examples = load_examples()
-    start = examples[0] if examples else None
+    start = next((example for example in examples if all(slot.kind in studio.pipe.kinds for slot in example.slots)), None)
     with gr.Blocks(title="Nested Attention", analytics_enabled=False) as page:
         gr.Markdown(TITLE)
         with gr.Row():
@@ -42,22 +41,22 @@ def build_app(studio: Studio) -> gr.Blocks:
                 )  # fmt: skip
                 models = build_models(studio)
                 gr.Markdown("**2 · Your subjects**")
-                panels, no_adapter = build_slots(studio)
+                slots = build_slots(studio, start.slots if start else ())
                 gr.Markdown("**3 · What should happen**")
-                prompt = build_prompt()
+                prompt = build_prompt(start, slots.names)
                 with gr.Row():
                     generate_button = gr.Button("Generate", variant="primary", elem_id="generate")
                     cancel = gr.Button("Cancel", elem_id="cancel")
                 notice = gr.Markdown(elem_classes="notice problem", elem_id="notice")
                 offer = gr.Button(visible=False, elem_id="offer")
-                controls = build_advanced(prompt, studio.pipe)
+                controls = build_advanced(prompt, studio.pipe, start)
             with gr.Column(scale=6, min_width=320):
                 gr.Markdown("**4 · Pictures**")
                 gallery = gr.Gallery(
                     list(start.results) if start else None, show_label=False, columns=2, object_fit="contain", height="auto",
                     interactive=False, format="png", elem_id="gallery",
                 )  # fmt: skip
-                status = gr.Markdown("A finished example. Press Generate to draw your own." if start else "", elem_id="status")
+                status = gr.Markdown(EXAMPLE if start else "", elem_id="status")
                 with gr.Accordion("With and without the subject", open=False):
                     compare = gr.Button("Draw the first picture once more with ordinary words", size="sm")
                     slider = gr.ImageSlider(label="left: ordinary words · right: your subjects", interactive=False, height=380)
@@ -66,42 +65,44 @@ def build_app(studio: Studio) -> gr.Blocks:
                     dropped = gr.File(label="A PNG made here", type="filepath", file_types=[".png"], height=110, elem_id="dropped")
                 inside, _ = build_inside(studio)
 
-        slot_inputs = [component for panel in panels for component in panel.inputs]
-
         handlers = Handlers(studio, examples)
         outputs = [gallery, status, notice, offer, controls.seed]
         running = gr.on(
-            [generate_button.click, prompt.submit], handlers.generate, [*controls.inputs, *slot_inputs], outputs, concurrency_id="pipeline",
+            [generate_button.click, prompt.submit], handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         running.success(handlers.look_inside, None, [*inside.choices, *inside.pictures], api_visibility="private")
-        cancel.click(lambda: "Cancelled.", None, status, cancels=[running], api_visibility="private", queue=False)
-        offer.click(handlers.insert_missing, [prompt, *slot_inputs], [prompt, notice, offer], api_visibility="private")
-        for panel in panels:
+        cancel.click(handlers.cancelled, None, [gallery, status], cancels=[running], api_visibility="private", queue=False)
+        offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")
+        for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")
         compare.click(handlers.compare, None, slider, concurrency_id="pipeline", api_visibility="private")
-        dropped.upload(handlers.restore, dropped, [*controls.inputs, *slot_inputs, notice], api_visibility="private")
-        covers.select(
-            handlers.pick,
-            None,
-            [prompt, controls.seed, gallery, status, *slot_inputs, *(p.group for p in panels)],
-            api_visibility="private",
+        restored = dropped.upload(
+            handlers.restore, dropped, [*controls.inputs, *slots.inputs, slots.opened, notice], api_visibility="private"
         )
-        adapted = [no_adapter, *(panel.kind for panel in panels), *(panel.framing for panel in panels), *controls.adapted]
-        models.load.click(
-            use_model(studio, model_updates, len(adapted)), [models.base, models.adapter], [models.about, models.note, *adapted],
+        picked = covers.select(
+            handlers.pick, None, [prompt, controls.seed, gallery, status, *slots.inputs, slots.opened], api_visibility="private"
+        )
+        kinds = [panel.kind for panel in slots.panels]
+        adapted = [slots.no_adapter, *kinds, *(panel.framing for panel in slots.panels), *controls.adapted]
+        loaded = models.load.click(
+            use_model(studio, model_updates, len(adapted)), [models.base, models.adapter, *kinds], [models.about, models.note, *adapted],
             concurrency_id="pipeline", api_visibility="private",
         )  # fmt: skip
+        for filled in (restored, picked, loaded):
+            filled.then(slots.redraw, slots.inputs, slots.drawn, api_visibility="private")
         build_api(studio)
         page.unload(handlers.close)
     return page
 
 
-def model_updates(pipe: NestedAttentionPipeline) -> list:
-    """How the page changes with the model: the line about adapters, kinds and framings of the slots, the knobs' defaults."""
-    kinds = list(pipe.kinds)
-    first = kinds[0] if kinds else None
+def model_updates(pipe: NestedAttentionPipeline, *before: str | None) -> list:
+    """How the page changes with the model: the line about adapters, kinds and framings of the slots, the knobs' defaults.
+
+    `before`: the slots' kinds; those that the model knows too stay.
+    """
+    kinds = [kind if kind in pipe.kinds else next(iter(pipe.kinds), None) for kind in before]
     return [
-        gr.Markdown(visible=not kinds), *(gr.Dropdown(kinds, value=first) for _ in range(MAX_SUBJECTS)),
-        *(framing_for(pipe, first or "") for _ in range(MAX_SUBJECTS)), *knob_defaults(pipe),
+        gr.Markdown(visible=not pipe.kinds), *(gr.Dropdown(list(pipe.kinds), value=kind) for kind in kinds),
+        *(gr.Dropdown(framings(kind or "", 1), value=framing_of(pipe, kind or "")) for kind in kinds), *knob_defaults(pipe),
     ]  # fmt: skip

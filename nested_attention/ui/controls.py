@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.settings import MAX_PROMPT, MAX_SEED
+from nested_attention.settings import MAX_SEED, RANGES
 from nested_attention.subjects import MAX_LAM, MAX_TOKEN_WEIGHT
-from nested_attention.ui.examples import READY_MADE
+from nested_attention.ui.examples import READY_MADE, Example
+
+WITHOUT_SUBJECTS = "a cat on the beach"  # the first prompt where a model has no adapter
 
 
 @dataclass(frozen=True)
@@ -44,69 +46,50 @@ def knob_defaults(pipe: NestedAttentionPipeline) -> list[float | str]:
     return [pipe.base.steps, pipe.base.guidance_scale, pipe.base.negative_prompt, lam]
 
 
-def build_prompt() -> gr.Textbox:
+def build_prompt(start: Example | None, names: gr.Markdown) -> gr.Textbox:
+    """`start`: whose prompt stands there at first; `names`: the line with the placeholders, shown below."""
     prompt = gr.Textbox(
-        READY_MADE[0], label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="prompt",
+        start.prompt if start else WITHOUT_SUBJECTS, label="Prompt", lines=2, elem_id="prompt",
         info="Name every subject by its placeholder, such as <person>; the buttons above write it for you.",
     )  # fmt: skip
+    names.render()
     gr.Examples([[text] for text in READY_MADE], [prompt], label="Ready-made prompts", examples_per_page=8)
     return prompt
 
 
-def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline) -> Controls:
+def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Example | None) -> Controls:
     """Closed by default; every knob says in one sentence what it does."""
     default_steps, default_guidance, default_negative, default_lam = knob_defaults(pipe)
     with gr.Accordion("Advanced", open=False):
         with gr.Row():
-            num_images = gr.Slider(1, 8, 4, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140)
-            steps = gr.Slider(
-                1,
-                60,
-                default_steps,
-                step=1,
-                label="Steps",
-                info=f"More is finer and slower; {pipe.base.fast_steps} gives a quick look.",
-                min_width=140,
+            num_images = gr.Slider(
+                *RANGES["num_images"], 4, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140
             )
+            steps = gr.Slider(
+                *RANGES["steps"], default_steps, step=1, label="Steps", min_width=140, elem_id="steps",
+                info=f"More is finer and slower; {pipe.base.fast_steps} gives a quick look.",
+            )  # fmt: skip
         with gr.Row():
             guidance = gr.Slider(
-                1,
-                10,
-                default_guidance,
-                step=0.1,
-                label="Guidance",
-                info="Higher follows the prompt more strictly, too high looks harsh.",
-                min_width=140,
-            )
+                *RANGES["guidance_scale"], default_guidance, step=0.1, label="Guidance", min_width=140,
+                info="Higher follows the prompt more strictly, too high looks harsh; up to 1 it is off.",
+            )  # fmt: skip
             with gr.Column(min_width=140):
                 seed = gr.Number(
-                    7,
-                    label="Seed",
-                    precision=0,
-                    minimum=0,
-                    maximum=MAX_SEED,
+                    start.seed if start else 7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed",
                     info="The same seed repeats the same picture.",
-                    elem_id="seed",
+                )  # fmt: skip
+                new_seed = gr.Checkbox(
+                    False, label="New seed every time", info="Each press draws other pictures and writes their seed above."
                 )
-                new_seed = gr.Checkbox(False, label="New seed every time")
         with gr.Row():
             lam = gr.Slider(
-                0,
-                MAX_LAM,
-                default_lam,
-                step=0.05,
-                label="λ",
+                0, MAX_LAM, default_lam, step=0.05, label="λ", min_width=140,
                 info="Length of the subject's value: more pushes its looks harder, also where they do not belong.",
-                min_width=140,
-            )
+            )  # fmt: skip
             weight = gr.Slider(
-                0.1,
-                MAX_TOKEN_WEIGHT,
-                1.0,
-                step=0.1,
-                label="Token weight",
+                0.1, MAX_TOKEN_WEIGHT, 1.0, step=0.1, label="Token weight", min_width=140,
                 info="How loudly the subject's word competes with the other words.",
-                min_width=140,
-            )
-        negative = gr.Textbox(default_negative, label="Negative prompt", max_length=MAX_PROMPT, info="What the pictures should not show.")
+            )  # fmt: skip
+        negative = gr.Textbox(default_negative, label="Negative prompt", info="What the pictures should not show.")
     return Controls(prompt, negative, num_images, steps, guidance, seed, new_seed, lam, weight)

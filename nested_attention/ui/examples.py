@@ -1,9 +1,11 @@
 """The finished examples of the start page: reference pictures, prompt, and the pictures that came out."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from nested_attention.bases import ASSETS
+from nested_attention.provenance import read_provenance
 from nested_attention.ui.studio import Slot
 
 FOLDER = ASSETS / "examples"
@@ -33,6 +35,15 @@ def load_examples() -> list[Example]:
         )
         for entry in json.loads(path.read_text())
     ]  # fmt: skip
+
+
+def example_sources(examples: Sequence[Example]) -> dict[str, Slot]:
+    """`Session.sources` of the shipped reference pictures, by the hashes that the examples' own PNGs carry."""
+    sources: dict[str, Slot] = {}
+    for example in examples:
+        for note, slot in zip(read_provenance(example.results[0]).subjects, example.slots, strict=True):
+            sources |= {picture: replace(slot, files=(file,)) for picture, file in zip(note.pictures, slot.files, strict=False)}
+    return sources
 
 
 READY_MADE = (

@@ -70,34 +70,42 @@ class PointReport:
 
     Attributes:
         words: share of the attention there, by subject and for all other words together; sums to 1.
+        subjects: each subject's part in the value that came of it: its word's share times its strength. What is left of a
+            share at a strength below 1 stays the ordinary word's.
         tokens: the subject's tokens that answer there and their shares, strongest first.
         patches: share of every patch of the reference pictures, `(P,)`; sums to 1.
     """
 
     words: dict[str, float]
+    subjects: dict[str, float]
     tokens: list[tuple[int, float]]
     patches: Tensor
 
 
-def explain_point(result: Result, placeholder: str, which: int, x: float, y: float, count: int = 5) -> PointReport:
-    """Explains the point `(x, y)`, fractions of width and height, of picture `which`.
+def explain_point(
+    result: Result, placeholder: str, which: float | None, x: float | None, y: float | None, resolution: Grid | None = None,
+    third: int | None = None, count: int = 5,
+) -> PointReport:  # fmt: skip
+    """Explains the point `(x, y)`, fractions of width and height, of picture `which`, at what `SubjectMaps` calls resolution and third.
 
     Raises:
         NestedAttentionError: the subject or the picture is not part of the result, or the point lies outside.
     """
-    if not 0 <= which < len(result.files):
+    if which is None or which not in range(len(result.files)):
         raise NestedAttentionError(f"picture {which} does not exist; the last generation has {len(result.files)}, counted from 0.")
-    if not (0 <= x < 1 and 0 <= y < 1):
+    if x is None or y is None or not (0 <= x < 1 and 0 <= y < 1):
         raise NestedAttentionError(f"the point ({x}, {y}) lies outside the picture; give fractions of width and height from 0 to 1.")
-    maps = result.maps.subject(placeholder)
-    shares = {subject.placeholder: result.maps.subject(subject.placeholder).outer()[which] for subject in result.subjects}
+    maps, picture = result.maps.subject(placeholder), int(which)
+    shares = {s.placeholder: result.maps.subject(s.placeholder).outer(resolution or "mean", third)[picture] for s in result.subjects}
     height, width = shares[placeholder].shape
     cell = int(y * height), int(x * width)
     words = {name: float(share[cell]) for name, share in shares.items()}
+    subjects = {subject.placeholder: words[subject.placeholder] * subject.strength for subject in result.subjects}
     words["all other words"] = max(0.0, 1.0 - sum(words.values()))
-    nested = maps.nested()[which][cell]
+    nested = maps.nested(resolution, third)[picture][cell]
     top = nested.topk(min(count, len(nested)))
-    return PointReport(words, list(zip(top.indices.tolist(), top.values.tolist(), strict=True)), maps.lens()[which][cell])
+    tokens = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return PointReport(words, subjects, tokens, maps.lens(resolution, third)[picture][cell])
 
 
 def reference_heat(result: Result, placeholder: str, patches: Tensor) -> list[Image.Image]:

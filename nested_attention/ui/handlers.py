@@ -1,7 +1,7 @@
 """What happens on the page when somebody presses something. Problems are said where they occur; nothing is cleared."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -9,17 +9,18 @@ from PIL import Image
 
 from nested_attention import NestedAttentionError, Progress, Subject
 from nested_attention.prompts import PLACEHOLDER
-from nested_attention.provenance import read_provenance
+from nested_attention.provenance import Provenance, read_provenance
 from nested_attention.settings import MAX_SEED, MAX_SUBJECTS
-from nested_attention.ui.examples import Example
+from nested_attention.ui.examples import Example, example_sources
 from nested_attention.ui.explain import enlarged
 from nested_attention.ui.gpu import on_gpu
 from nested_attention.ui.inside import reset
-from nested_attention.ui.slots import VALUES, read_slots, slot_updates
-from nested_attention.ui.studio import Result, Session, Studio, missing_placeholders, put_into_prompt, result_of
+from nested_attention.ui.slots import VALUES, framing_of, no_adapter_for, read_slots, slot_updates
+from nested_attention.ui.studio import Result, Session, Slot, Studio, missing_placeholders, put_into_prompt, result_of, slot_names
 
 PREVIEW_EVERY = 3  # steps between two previews
 CONTROLS = 9  # how many values of `Controls.inputs` come before those of the slots
+EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
     "person": ("a person", "a man", "a woman", "someone", "person"),
     "cat": ("a cat", "a kitten", "cat"),
@@ -38,6 +39,7 @@ class Handlers:
 
     def __init__(self, studio: Studio, examples: Sequence[Example]):
         self.studio, self.examples = studio, examples
+        self.shipped = example_sources(examples)
         self.generate = on_gpu(self._generate)
         self.compare = on_gpu(self._compare)
 
@@ -60,12 +62,26 @@ class Handlers:
                 session, prompt, subjects, negative_prompt=negative, num_images=num_images, steps=steps, guidance_scale=guidance, seed=seed,
             ):  # fmt: skip
                 if isinstance(event, Progress):
-                    pictures: Any = [enlarged(image) for image in event.previews()] if event.step % PREVIEW_EVERY == 1 else gr.skip()
+                    pictures: Any = gr.skip()
+                    if event.step % PREVIEW_EVERY == 1:
+                        pictures, session.previewing = [enlarged(image) for image in event.previews()], True
                     yield (pictures, f"Step {event.step} of {event.steps}", *quiet[2:])
                 else:
+                    session.previewing = False
                     yield (list(event.files), finished(event), "", gr.Button(visible=False), event.generation.settings.seed)
         except NestedAttentionError as error:
-            yield (gr.skip(), "", warned(error), gr.Button(visible=False), gr.skip())
+            yield (self._unfinished(session), "", warned(error), gr.Button(visible=False), gr.skip())
+
+    def _unfinished(self, session: Session) -> Any:
+        """What the gallery goes back to where a run ends too early: the last finished pictures in place of half-denoised ones."""
+        if not session.previewing:
+            return gr.skip()
+        session.previewing = False
+        return list(session.result.files) if session.result else []
+
+    def cancelled(self, request: gr.Request) -> tuple[Any, str]:
+        """Values for gallery and status."""
+        return self._unfinished(self._session(request)), "Cancelled."
 
     def look_inside(self, request: gr.Request) -> list:
         return reset(self.studio, str(request.session_hash))
@@ -88,47 +104,56 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from error
 
     def restore(self, path: str | None, request: gr.Request) -> list:
-        """Values for controls, slots and notice from a dropped PNG."""
-        nothing = [gr.skip()] * (CONTROLS + VALUES * MAX_SUBJECTS)
+        """Values for controls, slots, which of them are open, and the notice, from a dropped PNG."""
+        nothing = [gr.skip()] * (CONTROLS + VALUES * MAX_SUBJECTS + 1)
         if path is None:
             return [*nothing, ""]
         try:
             made = read_provenance(path)
         except NestedAttentionError as error:
             return [*nothing, warned(error)]
-        settings, sources = made.settings, self._session(request).sources
+        session = self._session(request)
+        prompt, slots, told = restored(made, session, self.shipped | session.sources)
+        settings = made.settings
         knobs = (made.subjects[0].lam, made.subjects[0].token_weight) if made.subjects else (gr.skip(), gr.skip())
         controls = [
-            settings.prompt, settings.negative_prompt, settings.num_images, settings.steps, settings.guidance_scale, settings.seed, False, *knobs,
+            prompt, settings.negative_prompt, settings.num_images, settings.steps, settings.guidance_scale, settings.seed, False, *knobs,
         ]  # fmt: skip
-        slots: list = []
-        lost = [note.placeholder for note in made.subjects if not all(picture in sources for picture in note.pictures)]
-        for number in range(MAX_SUBJECTS):
-            note = made.subjects[number] if number < len(made.subjects) else None
-            if note is None:
-                slots += [gr.skip()] * VALUES
-            else:
-                files = [sources[picture] for picture in note.pictures if picture in sources]
-                rest = [gr.skip()] * (VALUES - 3)
-                slots += [note.kind, files if note.placeholder not in lost else gr.skip(), note.strength, *rest]
-        told = (
-            f"Settings restored. Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them."
-            if lost
-            else "Settings restored."
-        )
-        return [*controls, *slots, told]
+        return [*controls, *slot_updates(slots), told]
 
-    def pick(self, event: gr.SelectData) -> list:
+    def pick(self, event: gr.SelectData, request: gr.Request) -> list:
         """Fills in an example: prompt, seed, gallery, status, slots, and which slots are open."""
-        example = self.examples[event.index]
-        opened = [gr.Group(visible=number < max(1, len(example.slots))) for number in range(MAX_SUBJECTS)]
-        return [
-            example.prompt, example.seed, list(example.results), "A finished example; press Generate to draw it here.",
-            *slot_updates(example.slots), *opened,
-        ]  # fmt: skip
+        example, pipe = self.examples[event.index], self._session(request).pipe
+        known = [slot for slot in example.slots if slot.kind in pipe.kinds]
+        unknown = [f"⚠️ {no_adapter_for(pipe, slot.kind)}" for slot in example.slots if slot not in known]
+        return [example.prompt, example.seed, list(example.results), " ".join([EXAMPLE, *unknown]), *slot_updates(known)]
 
     def close(self, request: gr.Request) -> None:
         self.studio.close(str(request.session_hash))
+
+
+def restored(made: Provenance, session: Session, sources: Mapping[str, Slot]) -> tuple[str, list[Slot], str]:
+    """The prompt, the slots and what to say of a picture that was `made` anywhere.
+
+    Slots have no names of their own, so a placeholder such as `<ada>` becomes that of its slot.
+    """
+    known = [note for note in made.subjects if note.kind in session.pipe.kinds]
+    names = dict(zip((note.placeholder for note in known), slot_names([note.kind for note in known]), strict=True))
+    slots, lost, told = [], [], ["Settings restored."]
+    for note in known:
+        found = [sources[picture] for picture in note.pictures if picture in sources]
+        if found and len(found) == len(note.pictures):
+            files = tuple(slot.files[0] for slot in found)
+            slots.append(Slot(note.kind, files, note.strength, found[0].framing, found[0].crop))
+        else:
+            slots.append(Slot(note.kind, (), note.strength, framing_of(session.pipe, note.kind)))
+            lost.append(names[note.placeholder])
+    if made.base != session.pipe.base.name:
+        told.append(f"⚠️ It was made with {made.base}; {session.pipe.base.name}, which is in use, draws another picture.")
+    told += [f"⚠️ {no_adapter_for(session.pipe, note.kind)}" for note in made.subjects if note not in known]
+    if lost:
+        told.append(f"Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them.")
+    return PLACEHOLDER.sub(lambda match: names.get(match.group().lower(), match.group()), made.settings.prompt), slots, " ".join(told)
 
 
 def warned(error: NestedAttentionError) -> str:

@@ -6,8 +6,8 @@ import gradio as gr
 
 from nested_attention import NestedAttentionError
 from nested_attention.tracing import Grid
-from nested_attention.ui.explain import explain_point, heat, reference_heat, regions, value_picture
-from nested_attention.ui.studio import Studio, result_of
+from nested_attention.ui.explain import PointReport, enlarged, explain_point, heat, reference_heat, regions, value_picture
+from nested_attention.ui.studio import Result, Studio, result_of
 
 PARTS = {"all steps": None, "beginning": 0, "middle": 1, "end": 2}
 INTRO = "Everything here was recorded while the picture was drawn, and every share is a probability. Click into the first picture."
@@ -68,12 +68,12 @@ def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
     def refresh(name: str, which: str, grid: str, when: str, request: gr.Request) -> list:
         return show(studio, str(request.session_hash), name, which, grid, when)
 
-    def clicked(name: str, which: str, event: gr.SelectData, request: gr.Request) -> tuple[str, gr.Gallery]:
-        return explain(studio, str(request.session_hash), name, which, event.index)
+    def clicked(name: str, which: str, grid: str, when: str, event: gr.SelectData, request: gr.Request) -> tuple[str, gr.Gallery]:
+        return explain(studio, str(request.session_hash), name, which, grid, when, event.index)
 
     for choice in panel.choices:
         choice.input(refresh, panel.choices, panel.pictures, api_visibility="private")
-    outer.select(clicked, [subject, number], [point, reference], api_visibility="private")
+    outer.select(clicked, panel.choices, [point, reference], api_visibility="private")
     return panel, accordion
 
 
@@ -96,11 +96,12 @@ def reset(studio: Studio, session: str) -> list:
     names = [subject.placeholder for subject in result.subjects]
     numbers = [str(k + 1) for k in range(len(result.files))]
     grids = ["all", *(f"{height} x {width}" for height, width in result.maps.resolutions)]
+    seen = {third for _, third in result.maps.subject(names[0]).recorder.outer}  # one or two steps do not make three parts
     choices = [
         gr.Radio(names, value=names[0]),
         gr.Radio(numbers, value="1"),
         gr.Radio(grids, value="all"),
-        gr.Radio(list(PARTS), value="all steps"),
+        gr.Radio([part for part, third in PARTS.items() if third is None or third in seen], value="all steps"),
     ]
     return [*choices, *show(studio, session, names[0], "1", "all", "all steps")]
 
@@ -109,25 +110,34 @@ def show(studio: Studio, session: str, name: str, which: str, grid: str, when: s
     """The panel's pictures for the given choices."""
     try:
         result = result_of(studio.session(session))
+        maps, number, resolution, third = result.maps.subject(name), int(which) - 1, grid_of(grid), PARTS[when]
+        image = result.generation.images[number]
+        values, flat = value_picture(maps, number, resolution or result.maps.resolutions[0], third)
+        outer = heat(image, maps.outer(resolution or "mean", third)[number])
+        return [outer, regions(image, maps, number, resolution, third), values, flat]
     except NestedAttentionError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    maps, number, resolution, third = result.maps.subject(name), int(which) - 1, grid_of(grid), PARTS[when]
-    image = result.generation.images[number]
-    values, flat = value_picture(maps, number, resolution or result.maps.resolutions[0], third)
-    outer = heat(image, maps.outer(resolution or "mean", third)[number])
-    return [outer, regions(image, maps, number, resolution, third), values, flat]
 
 
-def explain(studio: Studio, session: str, name: str, which: str, pixel: tuple[int, int]) -> tuple[str, gr.Gallery]:
+def explain(studio: Studio, session: str, name: str, which: str, grid: str, when: str, pixel: tuple[int, int]) -> tuple[str, gr.Gallery]:
     """What was routed to a clicked pixel of the heat picture, in words, and the patches of the reference it came from."""
     try:
         result = result_of(studio.session(session))
         number = int(which) - 1
-        shown = heat(result.generation.images[number], result.maps.subject(name).outer()[number]).size
-        report = explain_point(result, name, number, pixel[0] / shown[0], pixel[1] / shown[1])
+        shown = enlarged(result.generation.images[number]).size
+        report = explain_point(result, name, number, pixel[0] / shown[0], pixel[1] / shown[1], grid_of(grid), PARTS[when])
+        patches = reference_heat(result, name, report.patches)
     except NestedAttentionError as error:
         raise gr.Error(str(error), print_exception=False) from error
+    return told(result, name, report), gr.Gallery(patches, visible=True)
+
+
+def told(result: Result, name: str, report: PointReport) -> str:
+    """The report in words."""
     words = ", ".join(f"`{word}` {share:.0%}" for word, share in report.words.items())
+    subjects = ", ".join(f"`{s.placeholder}` {report.subjects[s.placeholder]:.0%} (at strength {s.strength:g})" for s in result.subjects)
     tokens = ", ".join(f"token {token} ({share:.0%})" for token, share in report.tokens)
-    text = f"At this point attention goes to: {words}.  \nOf `{name}`, the strongest answers come from: {tokens}. These were read from:"
-    return text, gr.Gallery(reference_heat(result, name, report.patches), visible=True)
+    return (
+        f"At this point attention goes to: {words}.  \nBy share times strength, the subjects' pictures give of its value: {subjects}; "
+        f"the rest are ordinary words.  \nOf `{name}`, the strongest answers come from: {tokens}. These were read from:"
+    )

@@ -29,7 +29,7 @@ class ModelPanel:
 
 
 def build_models(studio: Studio) -> ModelPanel:
-    pipe = studio.pipe
+    pipe, started = studio.pipe, studio.adapter or OWN
     with gr.Accordion("Model", open=False, elem_id="models"):
         with gr.Row():
             base = gr.Dropdown(
@@ -37,8 +37,8 @@ def build_models(studio: Studio) -> ModelPanel:
                 info="A name, a diffusers folder, or a Hub repo id of the architecture of SDXL or SD 1.5.",
             )  # fmt: skip
             adapter = gr.Dropdown(
-                [OWN, REPO], value=OWN, allow_custom_value=True, label="Adapter", min_width=150, elem_id="adapter",
-                info="A folder, or the repo id of a pushed adapter.",
+                list(dict.fromkeys((OWN, REPO, started))), value=started, allow_custom_value=True, label="Adapter", min_width=150,
+                elem_id="adapter", info="A folder, or the repo id of a pushed adapter.",
             )  # fmt: skip
         about = gr.Markdown(loaded_text(pipe), elem_id="about-model")
         load = gr.Button("Use this model", size="sm", elem_id="load")
@@ -105,10 +105,13 @@ def loaded_text(pipe: NestedAttentionPipeline) -> str:
     return f"In use: **{pipe.base.name}** on {pipe.device.type} in {dtype}, licence {pipe.base.licence}. Adapters: {adapters}."
 
 
-def use_model(studio: Studio, changed: Callable[[NestedAttentionPipeline], list[Any]], count: int) -> Callable[..., Iterator[list]]:
-    """A handler that loads the chosen model and yields `about`, `note`, and then the `count` values of `changed(pipe)`."""
+def use_model(studio: Studio, changed: Callable[..., list[Any]], count: int) -> Callable[..., Iterator[list]]:
+    """A handler that loads the chosen model and yields `about`, `note`, and then the `count` values of `changed(pipe, *before)`.
 
-    def load(name: str, adapter: str, request: gr.Request) -> Iterator[list]:
+    `before`: what the handler is given after the choice of base and adapter.
+    """
+
+    def load(name: str, adapter: str, request: gr.Request, *before: Any) -> Iterator[list]:
         rest = [gr.skip()] * count
         yield ["Loading; the first time it is downloaded …", "", *rest]
         try:
@@ -116,6 +119,6 @@ def use_model(studio: Studio, changed: Callable[[NestedAttentionPipeline], list[
         except NestedAttentionError as error:
             yield [gr.skip(), f"⚠️ {error}", *rest]
             return
-        yield [loaded_text(pipe), "", *changed(pipe)]
+        yield [loaded_text(pipe), "", *changed(pipe, *before)]
 
     return load

@@ -1,20 +1,22 @@
 """Up to four subject slots: kind, pictures, what the encoder will see of them, strength."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
+from nested_attention.faces import SEARCHES
 from nested_attention.images import padded_square
 from nested_attention.settings import MAX_SUBJECTS
 from nested_attention.subjects import MAX_STRENGTH
 from nested_attention.ui.studio import Slot, Studio, framed_pictures, slot_names
 
-FRAMINGS = {"the largest face": "face", "the second face": "face 2", "the third face": "face 3", "the fourth face": "face 4",
-            "the fifth face": "face 5", "the sixth face": "face 6", "my own crop": "crop", "the whole picture": "whole"}  # fmt: skip
 SIDES = {"Left": 0, "Top": 0, "Right": 100, "Bottom": 100}  # the crop that cuts nothing, in percent
+EMPTY = "Add a picture first"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class SlotPanel:
     def inputs(self) -> list[gr.components.Component]:
         return [self.kind, self.files, self.strength, self.framing, *self.sides]
 
+    @property
+    def drawn(self) -> list[gr.blocks.Block]:
+        """In the order of what `look` returns."""
+        return [self.preview, self.note, self.crop, self.framing]
+
 
 VALUES = 4 + len(SIDES)  # of one panel's `inputs`
 
@@ -54,112 +61,204 @@ def read_slots(values: Sequence[Any]) -> list[Slot]:
 
 
 def slot_updates(slots: Sequence[Slot]) -> list:
-    """Values for all panels' `inputs`: the given slots first, the rest emptied."""
+    """Values for all panels' `inputs`, then the numbers of the slots to open: the given slots first, the rest emptied."""
     values: list = []
-    for number in range(MAX_SUBJECTS):
-        if number < len(slots):
-            slot = slots[number]
-            values += [slot.kind, list(slot.files), slot.strength, slot.framing, *(round(100 * side) for side in slot.crop)]
-        else:
-            values += [gr.skip(), None, 1.0, gr.skip(), *SIDES.values()]
-    return values
+    for slot in slots:
+        framing = gr.Dropdown(framings(slot.kind, face_number(slot.framing)), value=slot.framing)
+        values += [slot.kind, list(slot.files), slot.strength, framing, *(round(100 * side) for side in slot.crop)]
+    for _ in range(len(slots), MAX_SUBJECTS):
+        values += [gr.skip(), None, 1.0, gr.skip(), *SIDES.values()]
+    return [*values, opened_for(slots)]
 
 
-def slot_labels(values: Sequence[Any]) -> list[gr.Button]:
-    """How every slot's button should read, given the values of all panels' `inputs`: only slots with a picture count."""
-    slots = read_slots(values)
-    filled = [slot.kind if slot.files else "" for slot in slots]
-    names = iter(slot_names([kind for kind in filled if kind]))
-    return [
-        gr.Button(f"Put {next(names)} into the prompt", interactive=True) if kind else gr.Button("Add a picture first", interactive=False)
-        for kind in filled
-    ]
+def opened_for(slots: Sequence[Slot]) -> list[int]:
+    """The numbers of the slots that are open where `slots` fill the first ones."""
+    return list(range(max(1, len(slots))))
 
 
-def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr.Row]:
-    """What the encoder will see of the pictures in a slot and how they were framed, or why one cannot be used."""
-    pictures, notes = [], []
+def slot_labels(slots: Sequence[Slot]) -> list[str]:
+    """How every slot's button reads, and the line below the prompt: only slots with a picture have a placeholder."""
+    filled = [number for number, slot in enumerate(slots) if slot.files]
+    names = dict(zip(filled, slot_names([slots[number].kind for number in filled]), strict=True))
+    buttons = [f"Put {names[number]} into the prompt" if number in names else EMPTY for number in range(len(slots))]
+    known = " · ".join(f"`{name}` {slots[number].kind}, subject {number + 1}" for number, name in names.items())
+    return [*buttons, f"Placeholders: {known}" if known else "No subject has a picture yet, so there is no placeholder to write."]
+
+
+def face_number(framing: str) -> int:
+    """Which face by size a framing means: 2 for "face 2"; 1 where it means none."""
+    return int(framing.removeprefix("face") or 1) if framing.startswith("face") else 1
+
+
+def framings(kind: str, faces: int) -> list[tuple[str, str]]:
+    """Ways to use a picture: whole, cropped, or by one of the `faces` that were found.
+
+    The largest face can be chosen before anybody looked for it: looking takes time, so it is done when asked for.
+    """
+    of_faces = [("the largest face", "face"), *((f"face {n} by size", f"face {n}") for n in range(2, faces + 1))]
+    return [("the whole picture", "whole"), ("my own crop", "crop"), *(of_faces if kind in SEARCHES else [])]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the encoder will see of a slot's pictures, how they were framed or why one cannot be used, and how many faces there are."""
+
+    pictures: list[Image.Image]
+    note: str
+    faces: int
+
+
+def seen(pipe: NestedAttentionPipeline, slot: Slot) -> Seen:
+    if slot.files and slot.kind not in pipe.adapters:
+        return Seen([], f"⚠️ {no_adapter_for(pipe, slot.kind)}", 0)
+    pictures, notes, faces = [], [], 0
     for file in slot.files:
         try:
-            (made,) = framed_pictures(Slot(slot.kind, (file,), framing=slot.framing, crop=slot.crop))
+            (made,) = framed_pictures(replace(slot, files=(file,)))
             pictures.append(padded_square(made.image, pipe.adapters[slot.kind].config.image.size))
             notes.append(made.said)
+            faces = max(faces, made.faces)
         except NestedAttentionError as error:
             notes.append(f"⚠️ {error}")
-    told = [note for note in dict.fromkeys(notes) if slot.framing != "whole" or note.startswith("⚠️")]
-    return gr.Gallery(pictures), "\n\n".join(told), gr.Row(visible=slot.framing == "crop")
+    return Seen(pictures, "\n\n".join(dict.fromkeys(notes)), faces)
 
 
-def framing_for(pipe: NestedAttentionPipeline, kind: str) -> gr.Dropdown:
-    """The framing that the kind's adapter was trained with; no choice where that is the whole picture."""
-    framing = pipe.adapters[kind].config.framing if kind in pipe.adapters else "whole"
-    return gr.Dropdown(list(FRAMINGS.items()), value=framing, visible=framing != "whole", label="Use of the picture")
+def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr.Row, gr.Dropdown]:
+    """Values for a slot's preview, note, row of crop sliders and framing, which stays as it is unless that face is not there."""
+    found = seen(pipe, slot)
+    ways = framings(slot.kind, found.faces)
+    there = slot.framing in [way for _, way in ways]
+    framing = gr.Dropdown(ways) if there else gr.Dropdown(ways, value=framing_of(pipe, slot.kind))
+    return gr.Gallery(found.pictures), found.note, gr.Row(visible=slot.framing == "crop"), framing
 
 
-def build_slot(pipe: NestedAttentionPipeline, number: int) -> SlotPanel:
-    kinds = list(pipe.kinds)
-    chosen = kinds[number % len(kinds)] if number < 2 and kinds else next(iter(kinds), None)
-    with gr.Group(visible=number == 0, elem_classes="slot") as group:
+def framing_of(pipe: NestedAttentionPipeline, kind: str) -> str:
+    """The framing that the kind's adapter was trained with; of kinds whose faces nobody can find it is the whole picture."""
+    return pipe.adapters[kind].config.framing if kind in pipe.adapters and kind in SEARCHES else "whole"
+
+
+def no_adapter_for(pipe: NestedAttentionPipeline, kind: str) -> str:
+    return f"{pipe.base.name} has no adapter for {kind or 'subjects'} here; choose another kind, or a model that has one."
+
+
+def build_slot(pipe: NestedAttentionPipeline, number: int, slot: Slot, is_open: bool, label: str) -> SlotPanel:
+    """One slot, filled with `slot` from the start; `label` of its button."""
+    found = seen(pipe, slot)
+    with gr.Group(visible=is_open, elem_classes="slot") as group:
         with gr.Row():
-            kind = gr.Dropdown(kinds, value=chosen, label=f"Subject {number + 1}", min_width=110, elem_id=f"kind-{number}")
+            kind = gr.Dropdown(
+                list(pipe.kinds), value=slot.kind or None, label=f"Subject {number + 1}", min_width=110, elem_id=f"kind-{number}"
+            )
             strength = gr.Slider(
-                0, MAX_STRENGTH, 1.0, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
+                0, MAX_STRENGTH, slot.strength, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
             )
         with gr.Row():
             with gr.Column(scale=3, min_width=180):
                 gr.Markdown("Its pictures: upload or paste one or several", elem_classes="caption")
                 files = gr.Gallery(
-                    show_label=False, type="filepath", columns=3, height=150, fit_columns=False, interactive=True,
+                    list(slot.files) or None, show_label=False, type="filepath", columns=3, height=150, fit_columns=False, interactive=True,
                     sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
                 )  # fmt: skip
             with gr.Column(scale=2, min_width=120):
                 gr.Markdown("What the encoder sees", elem_classes="caption")
                 preview = gr.Gallery(
-                    show_label=False, columns=2, height=150, interactive=False, allow_preview=False, object_fit="contain",
+                    found.pictures, show_label=False, columns=2, height=150, interactive=False, allow_preview=False, object_fit="contain",
                     fit_columns=False, buttons=[], elem_id=f"seen-{number}",
                 )  # fmt: skip
-        framing = framing_for(pipe, chosen or "")
+        framing = gr.Dropdown(framings(slot.kind, found.faces), value=slot.framing, label="Use of the picture", elem_id=f"framing-{number}")
         with gr.Row(visible=False) as crop:
             sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
-        note = gr.Markdown(elem_classes="notice", elem_id=f"note-{number}")
+        note = gr.Markdown(found.note, elem_classes="notice", elem_id=f"note-{number}")
         with gr.Row():
-            insert = gr.Button("Add a picture first", size="sm", interactive=False, min_width=120, elem_id=f"insert-{number}")
-            remove = gr.Button("Remove", size="sm", min_width=60)
+            insert = gr.Button(label, size="sm", interactive=label != EMPTY, min_width=120, elem_id=f"insert-{number}")
+            remove = gr.Button("Remove", size="sm", min_width=60, elem_id=f"remove-{number}")
     return SlotPanel(group, kind, files, preview, strength, framing, crop, sides, note, insert, remove)
 
 
-def build_slots(studio: Studio) -> tuple[list[SlotPanel], gr.Markdown]:
-    """Four slots, the first one open; and the line that says so where a model has no adapter."""
-    kinds = studio.pipe.kinds
-    none = gr.Markdown("This model has no adapter here yet, so prompts go without subjects.", visible=not kinds)
-    panels = [build_slot(studio.pipe, number) for number in range(MAX_SUBJECTS)]
+@dataclass(frozen=True)
+class Slots:
+    """All slots.
+
+    `opened`: the numbers of those that are shown; `names`: the line with their placeholders, not yet on the page; `redraw`: values
+    for `drawn` from those of `inputs`. What the app itself writes into a slot is not reliably reported as a change by the
+    browser, least of all in closed slots, so `redraw` has to follow.
+    """
+
+    panels: list[SlotPanel]
+    opened: gr.State
+    names: gr.Markdown
+    no_adapter: gr.Markdown
+    redraw: Callable[..., list]
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        return [component for panel in self.panels for component in panel.inputs]
+
+    @property
+    def labels(self) -> list[gr.components.Component]:
+        return [*(panel.insert for panel in self.panels), self.names]
+
+    @property
+    def drawn(self) -> list[gr.blocks.Block]:
+        return [*(block for panel in self.panels for block in panel.drawn), *self.labels]
+
+
+def first_slots(pipe: NestedAttentionPipeline, filled: Sequence[Slot]) -> list[Slot]:
+    """What the slots hold at first: `filled`, and then empty ones of the kinds in turn."""
+    kinds = [pipe.kinds[number % len(pipe.kinds)] if pipe.kinds else "" for number in range(len(filled), MAX_SUBJECTS)]
+    return [*filled, *(Slot(kind, (), framing=framing_of(pipe, kind)) for kind in kinds)]
+
+
+def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
+    """Four slots, `filled` in the first ones and those open; and the line that says so where a model has no adapter."""
+    pipe = studio.pipe
+    no_adapter = gr.Markdown("This model has no adapter here yet, so prompts go without subjects.", visible=not pipe.kinds)
+    first = first_slots(pipe, filled)
+    *buttons, named = slot_labels(first)
+    shown = opened_for(filled)
+    panels = [build_slot(pipe, k, slot, k in shown, label) for k, (slot, label) in enumerate(zip(first, buttons, strict=True))]
     more = gr.Button("+ another subject", size="sm", elem_id="more")
-    inputs = [component for panel in panels for component in panel.inputs]
-    labels = [panel.insert for panel in panels]
-    opened = gr.State(1)
 
     def pipe_of(request: gr.Request) -> NestedAttentionPipeline:
         return studio.session(str(request.session_hash)).pipe
 
-    def looked(request: gr.Request, *values: Any) -> tuple[gr.Gallery, str, gr.Row]:
+    def looked(request: gr.Request, *values: Any) -> tuple[gr.Gallery, str, gr.Row, gr.Dropdown]:
         return look(pipe_of(request), slot_of(values))
 
     def reframed(kind: str, request: gr.Request) -> gr.Dropdown:
-        return framing_for(pipe_of(request), kind)
+        return gr.Dropdown(framings(kind, 1), value=framing_of(pipe_of(request), kind))
 
-    more.click(lambda n: min(n + 1, MAX_SUBJECTS), opened, opened, api_visibility="private").then(
-        lambda n: [gr.Group(visible=k < n) for k in range(MAX_SUBJECTS)],
-        opened,
-        [panel.group for panel in panels],
-        api_visibility="private",
-    )
-    for panel in panels:
-        seen = [panel.preview, panel.note, panel.crop]
-        changes = [panel.files.change, panel.framing.change, *(side.release for side in panel.sides)]
-        gr.on(changes, looked, panel.inputs, seen, api_visibility="private")
-        panel.kind.change(reframed, panel.kind, panel.framing, api_visibility="private").then(
-            looked, panel.inputs, seen, api_visibility="private"
-        )
-        panel.remove.click(lambda: (None, 1.0), None, [panel.files, panel.strength], api_visibility="private")
-        gr.on([panel.files.change, panel.kind.change], lambda *values: slot_labels(values), inputs, labels, api_visibility="private")
-    return panels, none
+    def labelled(*values: Any) -> list:
+        *labels, line = slot_labels(read_slots(values))
+        return [*(gr.Button(label, interactive=label != EMPTY) for label in labels), line]
+
+    def redraw(request: gr.Request, *values: Any) -> list:
+        pipe = pipe_of(request)
+        return [*(value for slot in read_slots(values) for value in look(pipe, slot)), *labelled(*values)]
+
+    def shown_groups(numbers: list[int]) -> list[gr.Group]:
+        return [gr.Group(visible=number in numbers) for number in range(MAX_SUBJECTS)]
+
+    names = gr.Markdown(named, render=False, elem_classes="notice", elem_id="names")
+    slots = Slots(panels, gr.State(shown), names, no_adapter, redraw)
+    slots.opened.change(shown_groups, slots.opened, [panel.group for panel in panels], api_visibility="private")
+    more.click(one_more, slots.opened, slots.opened, api_visibility="private")
+    for number, panel in enumerate(panels):
+        changes = [panel.files.change, panel.kind.change, panel.framing.change, *(side.release for side in panel.sides)]
+        gr.on(changes, looked, panel.inputs, panel.drawn, api_visibility="private")
+        panel.kind.input(reframed, panel.kind, panel.framing, api_visibility="private")
+        gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, api_visibility="private")
+        panel.remove.click(
+            partial(without, number), slots.opened, [panel.files, panel.strength, slots.opened], api_visibility="private"
+        ).then(redraw, slots.inputs, slots.drawn, api_visibility="private")
+    return slots
+
+
+def one_more(opened: list[int]) -> list[int]:
+    """Opens the first slot that is not."""
+    return sorted([*opened, *[number for number in range(MAX_SUBJECTS) if number not in opened][:1]])
+
+
+def without(number: int, opened: list[int]) -> tuple[None, float, list[int]]:
+    """Empties a slot and closes it, unless it is the only open one."""
+    return None, 1.0, [other for other in opened if other != number] or opened

@@ -1,5 +1,6 @@
 """What the app can do, without Gradio: sessions, models, subjects from slots, generation, explanation."""
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ from PIL import Image
 
 from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Progress, Subject, SubjectCache
 from nested_attention.faces import Box, Framed, frame
-from nested_attention.images import ImageSource, read_image
+from nested_attention.images import read_image
 from nested_attention.prompts import placeholders
 from nested_attention.provenance import Provenance, SubjectNote
+from nested_attention.subjects import EncodedImage
 from nested_attention.tracing import Trace
 
 SESSION_SECONDS = 3600.0
@@ -40,18 +42,22 @@ class Result:
     subjects: tuple[Subject, ...]
     maps: Trace
     files: tuple[str, ...]
-    provenance: Provenance
 
 
 @dataclass
 class Session:
-    """What one visitor has here: a model, encoded pictures, subjects by placeholder, the last result. Gone after an hour."""
+    """What one visitor has here: a model, encoded pictures, subjects by placeholder, the last result. Gone after an hour.
+
+    `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
+    `previewing`: the gallery shows half-denoised pictures.
+    """
 
     pipe: NestedAttentionPipeline
     cache: SubjectCache = field(default_factory=lambda: SubjectCache(512 << 20))
     subjects: dict[str, Subject] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)  # picture hash -> file
+    sources: dict[str, Slot] = field(default_factory=dict)
     result: Result | None = None
+    previewing: bool = False
     folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
     used: float = field(default_factory=time.monotonic)
 
@@ -64,12 +70,13 @@ def slot_names(kinds: Sequence[str]) -> list[str]:
 class Studio:
     """The app's models and visitors. Safe to call from many threads; visitors share nothing but the weights.
 
-    `pipe` is what everybody starts with. One other model is kept beside it; the next one takes its place, and whoever
-    still works with the old one keeps it until the end of the session.
+    `pipe` is what everybody starts with; `adapter` is the one that was named to load it, None for those of the base. One
+    other model is kept beside it; the next one takes its place, and whoever still works with the old one keeps it until the
+    end of the session.
     """
 
-    def __init__(self, pipe: NestedAttentionPipeline):
-        self.pipe = pipe
+    def __init__(self, pipe: NestedAttentionPipeline, adapter: str | None = None):
+        self.pipe, self.adapter = pipe, adapter
         self._other: tuple[tuple[str, str | None], NestedAttentionPipeline] | None = None
         self._sessions: dict[str, Session] = {}
         self._lock, self._loading = Lock(), Lock()
@@ -81,7 +88,7 @@ class Studio:
             NestedAttentionError: the model or the adapter cannot be had.
         """
         with self._loading:
-            if (base, adapter) == (self.pipe.base.name, None):
+            if (base, adapter) == (self.pipe.base.name, self.adapter):
                 chosen = self.pipe
             elif self._other is not None and self._other[0] == (base, adapter):
                 chosen = self._other[1]
@@ -108,32 +115,20 @@ class Studio:
         with self._lock:
             self._sessions.pop(key, None)
 
-    def encode(
-        self, session: Session, kind: str, files: Sequence[str], placeholder: str | None = None, strength: float = 1.0, **knobs: Any
-    ) -> Subject:
-        """Encodes pictures of one subject and remembers it under its placeholder."""
-        return self._remember(session, kind, list(files), files, placeholder, strength, **knobs)
-
-    def _remember(
-        self, session: Session, kind: str, pictures: Sequence[ImageSource], files: Sequence[str], placeholder: str | None,
-        strength: float, **knobs: Any,
-    ) -> Subject:  # fmt: skip
-        subject = session.pipe.encode(kind, list(pictures), placeholder, strength, cache=session.cache, **knobs)
+    def encode(self, session: Session, slot: Slot, placeholder: str | None = None, **knobs: Any) -> Subject:
+        """Encodes the pictures of one subject and remembers it under its placeholder."""
+        pictures = [made.image for made in framed_pictures(slot)]
+        subject = session.pipe.encode(slot.kind, pictures, placeholder, slot.strength, cache=session.cache, **knobs)
         session.subjects[subject.placeholder] = subject
-        for image, file in zip(subject.images, files, strict=True):
-            session.sources[session.cache.key(image.picture, "")[0]] = file
+        for image, file in zip(subject.images, slot.files, strict=True):
+            session.sources[picture_hash(image)] = replace(slot, files=(file,))
         return subject
 
     def subjects_of_slots(self, session: Session, slots: Sequence[Slot], **knobs: Any) -> list[Subject]:
         """The subjects of all slots that hold a picture."""
         filled = [slot for slot in slots if slot.files]
         names = slot_names([slot.kind for slot in filled])
-        return [
-            self._remember(
-                session, slot.kind, [made.image for made in framed_pictures(slot)], slot.files, name, slot.strength, **knobs
-            )
-            for slot, name in zip(filled, names, strict=True)
-        ]  # fmt: skip
+        return [self.encode(session, slot, name, **knobs) for slot, name in zip(filled, names, strict=True)]
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
         """Progress after every step, then the result, which the session keeps."""
@@ -157,20 +152,26 @@ class Studio:
         return session.pipe(settings.pop("prompt"), ordinary, **settings).images[0]
 
     def _keep(self, session: Session, generation: Generation, subjects: tuple[Subject, ...], maps: Trace) -> Result:
-        notes = tuple(
-            SubjectNote(
-                s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(session.cache.key(i.picture, "")[0] for i in s.images)
-            )
-            for s in subjects
-        )
-        provenance = Provenance(session.pipe.base.name, generation.settings, notes)
         files = []
-        for k, image in enumerate(generation.images):
-            path = Path(session.folder.name) / f"{time.time_ns()}-seed{generation.settings.seed + k}.png"
-            single = replace(generation.settings, seed=generation.settings.seed + k, num_images=1)
-            replace(provenance, settings=single).save(image, path)
+        for image, made in zip(generation.images, provenances(session.pipe.base.name, generation, subjects), strict=True):
+            path = Path(session.folder.name) / f"{time.time_ns()}-seed{made.settings.seed}.png"
+            made.save(image, path)
             files.append(str(path))
-        return Result(generation, subjects, maps, tuple(files), provenance)
+        return Result(generation, subjects, maps, tuple(files))
+
+
+def picture_hash(image: EncodedImage) -> str:
+    """How a PNG remembers a reference picture."""
+    return SubjectCache.key(image.picture, "")[0]
+
+
+def provenances(base: str, generation: Generation, subjects: Sequence[Subject]) -> list[Provenance]:
+    """How each picture of a generation was made, so that it can be drawn again alone: picture k with seed + k."""
+    notes = tuple(
+        SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(map(picture_hash, s.images))) for s in subjects
+    )
+    settings = generation.settings
+    return [Provenance(base, replace(settings, seed=settings.seed + k, num_images=1), notes) for k in range(len(generation.images))]
 
 
 def framed_pictures(slot: Slot) -> list[Framed]:
@@ -189,11 +190,10 @@ def missing_placeholders(prompt: str, subjects: Sequence[Subject]) -> list[Subje
 
 def put_into_prompt(prompt: str, placeholder: str, words: Sequence[str]) -> str:
     """Writes a forgotten placeholder into the prompt: in place of the first of `words` that stands there, else in front."""
-    lower = f" {prompt.lower()} "
     for word in words:
-        at = lower.find(f" {word} ")
-        if at >= 0:
-            return f"{prompt[:at]}{placeholder}{prompt[at + len(word) :]}"
+        alone = re.compile(rf"(?<![\w<-]){re.escape(word)}(?![\w>-])", re.IGNORECASE)  # not the `person` of `<person>`
+        if alone.search(prompt):
+            return alone.sub(placeholder, prompt, count=1)
     if not prompt.strip():
         return placeholder
     if placeholders(prompt):

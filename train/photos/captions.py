@@ -10,6 +10,7 @@ NOUNS = {
         "someone", "somebody",
     ),
     "cat": ("cat", "kitten", "kitty"),
+    "pet": ("pet", "cat", "kitten", "kitty", "dog", "puppy", "doggy", "rabbit", "bunny", "hamster"),
 }  # fmt: skip
 ARTICLES = "a|an|the|this|that|my|our|your|his|her|their"
 # how a subject looks belongs to the reference, so it goes with the noun; what it does ("smiling") stays in the caption

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +53,26 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class FolderSource:
-    """The photos of a prepared folder.
+    """The photos of a prepared folder, with `<kind>` in their captions.
 
     Raises:
-        NestedAttentionError: the folder is not prepared, empty, or its metadata is damaged.
+        NestedAttentionError: the folder is not prepared, empty, prepared for another kind, or its metadata is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kind: str):
         if not is_prepared(folder):
             raise NestedAttentionError(
-                f"{folder} is not prepared for training; run `python -m train.prepare {folder} --kind KIND` "
-                "with person, cat or what the photos show, and give the folder that it writes."
+                f"{folder} is not prepared for training; run `python -m train.prepare {folder} --kind {kind}` "
+                "and give the folder that it writes."
             )
         self.folder = folder
         self.photos: list[PreparedPhoto] = []
         for name, row in json_lines(folder / METADATA):
             try:
-                self.photos.append(PreparedPhoto(**row))
+                photo = PreparedPhoto(**row)
             except TypeError as error:
                 raise NestedAttentionError(f"{name} is not as train.prepare writes it ({error}); run it again.") from error
-            checked_caption(self.photos[-1].text, name)
+            self.photos.append(replace(photo, text=checked_caption(photo.text, name, kind)))
         if not self.photos:
             raise NestedAttentionError(f"{folder / METADATA} is empty; run train.prepare again.")
 
@@ -87,9 +87,14 @@ class FolderSource:
         return self.photos[index].height, self.photos[index].width
 
     def caption(self, index: int) -> str:
-        return checked_caption(self.photos[index].text, self.photos[index].file_name)
+        return self.photos[index].text
+
+    def mark(self, index: int) -> str:
+        photo = self.photos[index]
+        size = (self.folder / photo.reference).stat().st_size  # another crop, another size
+        return f"{photo} {size}"
 
     def __getitem__(self, index: int) -> PhotoSample:
         photo = self.photos[index]
         image, reference = read_image(self.folder / photo.file_name), read_image(self.folder / photo.reference)
-        return PhotoSample(image, reference, self.caption(index), Path(photo.file_name).stem)
+        return PhotoSample(image, reference, photo.text, Path(photo.file_name).stem)

@@ -8,7 +8,8 @@ from nested_attention.errors import NestedAttentionError
 from nested_attention.images import read_image
 from train.photos.sample import PhotoSample, checked_caption, upright_size
 
-COLUMNS = ("image", "reference", "text")
+PICTURES = ["image", "reference"]
+COLUMNS = [*PICTURES, "text"]
 
 
 def is_dataset(folder: Path) -> bool:
@@ -21,48 +22,24 @@ def saved_to_disk(folder: Path) -> bool:
 
 
 class HubSource:
-    """The training split of a data set with the columns image, reference and text.
+    """The training split of a data set with the columns image, reference and text, and `<kind>` in every text.
 
-    `name`: a repo id on the Hub, or a folder.
+    `name`: `user/name` or `user/name@revision` on the Hub, or a folder.
 
     Raises:
-        NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, or a column is missing.
+        NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, a column is missing, or a text
+            does not name the kind.
     """
 
-    def __init__(self, name: str):
-        try:
-            from datasets import Image, load_dataset, load_from_disk
-            from datasets.exceptions import DatasetsError
-        except ImportError as error:
-            raise NestedAttentionError(f"the package datasets is needed to read {name}; `pip install datasets`.") from error
-        try:
-            loaded = load_from_disk(name) if saved_to_disk(Path(name)) else load_dataset(name)
-        except (DatasetsError, OSError, ValueError) as error:
-            raise NestedAttentionError(
-                f"the data set {name} cannot be loaded ({error}); check the name, log in with `hf auth login` if it is private, "
-                "and connect once so that it can be fetched."
-            ) from error
-        if isinstance(loaded, dict) and "train" not in loaded:
-            raise NestedAttentionError(f"the data set {name} has the splits {', '.join(loaded)}, but no train; rename the one to train on.")
-        rows = loaded["train"] if isinstance(loaded, dict) else loaded
-        if missing := [column for column in COLUMNS if column not in rows.column_names]:
-            raise NestedAttentionError(
-                f"the data set {name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}; "
-                "rename its columns to image, reference and text."
-            )
-        undecoded = Image(decode=False)
-        self.name, self.rows = name, rows.select_columns(COLUMNS).cast_column("image", undecoded).cast_column("reference", undecoded)
-        self.captions: list[str] = []
-        self.sizes: list[tuple[int, int]] = []
-        for row in self.rows.select_columns(["image", "text"]):
-            called = self.called(len(self.sizes))
-            self.captions.append(checked_caption(row["text"] or "", called))
-            self.sizes.append(upright_size(io.BytesIO(content(row["image"])), called))
+    def __init__(self, name: str, kind: str):
+        self.name, self.rows = name, loaded(name)
+        # datasets keeps the result of a map beside the data set, so that pictures are opened at the first start only
+        table = self.rows.map(measured, with_indices=True, input_columns=PICTURES, remove_columns=PICTURES, fn_kwargs={"name": name})
+        self.sizes: list[tuple[int, int]] = list(zip(table["height"], table["width"], strict=True))
+        self.bytes: list[int] = list(table["reference_bytes"])
+        self.captions = [checked_caption(text or "", called(index, name), kind) for index, text in enumerate(table["text"])]
         if not self.sizes:
             raise NestedAttentionError(f"the data set {name} is empty; choose another one.")
-
-    def called(self, index: int) -> str:
-        return f"row {index} of {self.name}"
 
     @property
     def shards(self) -> list[int]:
@@ -77,11 +54,58 @@ class HubSource:
     def caption(self, index: int) -> str:
         return self.captions[index]
 
+    def mark(self, index: int) -> str:
+        return f"{self.sizes[index]} {self.bytes[index]} {self.captions[index]}"
+
     def __getitem__(self, index: int) -> PhotoSample:
-        row, called = self.rows[index], self.called(index)
-        image = read_image(content(row["image"]), f"the image in {called}")
-        reference = read_image(content(row["reference"]), f"the reference in {called}")
+        row, name = self.rows[index], called(index, self.name)
+        image = read_image(content(row["image"]), f"the image in {name}")
+        reference = read_image(content(row["reference"]), f"the reference in {name}")
         return PhotoSample(image, reference, self.captions[index], str(index))
+
+
+def loaded(name: str) -> Any:
+    """The rows of the training split, a `datasets.Dataset`, with their pictures not decoded."""
+    try:
+        from datasets import Image, load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise NestedAttentionError(f"the package datasets is needed to read {name}; `pip install datasets`.") from error
+    try:
+        if saved_to_disk(Path(name)):
+            found = load_from_disk(name)
+        elif Path(name).is_dir():
+            found = load_dataset(name)
+        else:
+            repo, _, revision = name.partition("@")
+            found = load_dataset(repo, revision=revision or None)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise NestedAttentionError(
+            f"the data set {name} cannot be loaded ({error}); check the name, log in with `hf auth login` if it is private, "
+            "and connect once so that it can be fetched."
+        ) from error
+    if isinstance(found, dict) and "train" not in found:
+        raise NestedAttentionError(f"the data set {name} has the splits {', '.join(found)}, but no train; rename the one to train on.")
+    rows = found["train"] if isinstance(found, dict) else found
+    if missing := [column for column in COLUMNS if column not in rows.column_names]:
+        raise NestedAttentionError(
+            f"the data set {name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}; "
+            "rename its columns to image, reference and text."
+        )
+    rows = rows.select_columns(COLUMNS)
+    for column in PICTURES:
+        rows = rows.cast_column(column, Image(decode=False))
+    return rows
+
+
+def measured(image: dict[str, Any], reference: dict[str, Any], index: int, name: str) -> dict[str, int]:
+    """What has to be known of a row before its turn comes."""
+    height, width = upright_size(io.BytesIO(content(image)), called(index, name))
+    return {"height": height, "width": width, "reference_bytes": len(content(reference))}
+
+
+def called(index: int, name: str) -> str:
+    return f"row {index} of {name}"
 
 
 def content(stored: dict[str, Any]) -> bytes:

@@ -31,5 +31,8 @@ class Part:
     def caption(self, index: int) -> str:
         return self.source.caption(self.numbers[index])
 
+    def mark(self, index: int) -> str:
+        return self.source.mark(self.numbers[index])
+
     def __getitem__(self, index: int) -> PhotoSample:
         return self.source[self.numbers[index]]

@@ -31,7 +31,7 @@ class PhotoSample:
 
 
 class Source(Protocol):
-    """Photos by number. `size` and `caption` do not decode the photo."""
+    """Photos by number. `size`, `caption` and `mark` do not decode the photo."""
 
     @property
     def shards(self) -> Sequence[int]:
@@ -44,20 +44,24 @@ class Source(Protocol):
 
     def caption(self, index: int) -> str: ...
 
+    def mark(self, index: int) -> str:
+        """What changes when the photo, its reference or its caption is another one."""
+
     def __getitem__(self, index: int) -> PhotoSample: ...
 
 
-def checked_caption(text: str, name: str) -> str:
+def checked_caption(text: str, name: str, kind: str) -> str:
     """`text` on one line.
 
     Raises:
-        NestedAttentionError: it does not hold exactly one placeholder. `name` is how the message calls its owner.
+        NestedAttentionError: it does not hold `<kind>` and no other placeholder. `name` is how the message calls its owner.
     """
     found = placeholders(text)
-    if len(found) != 1:
+    if found != (f"<{kind}>",):
+        other = f" or train with --kind {found[0][1:-1]}" if len(found) == 1 else ""
         raise NestedAttentionError(
-            f'the caption of {name} names {", ".join(found) or "no placeholder"}: "{text[:80]}"; write exactly one into it, '
-            "such as <person>, where the subject is meant."
+            f'the caption of {name} names {", ".join(found) or "no placeholder"}: "{text[:80]}"; '
+            f"write <{kind}>, and no other one, where the subject is meant{other}."
         )
     return " ".join(text.split())
 

@@ -13,23 +13,23 @@ from train.photos.shards import ShardSource
 
 FORMS = """give one of
 - a folder that `python -m train.prepare FOLDER --kind person` has written,
-- a data set with the columns image, reference and text: user/name on the Hub, or its folder,
-- shards: data-{000000..000012}.tar or "data-*.tar"."""
+- a data set with the columns image, reference and text: user/name or user/name@revision on the Hub, or its folder,
+- shards: data-{000000..000012}.tar, "data-*.tar", or https://server/data-{000000..000012}.tar."""
 
 
-def open_source(data: str) -> Source:
-    """The photos that `data` names: a prepared folder, a data set of `datasets`, or tar shards.
+def open_source(data: str, kind: str) -> Source:
+    """The photos that `data` names: a prepared folder, a data set of `datasets`, or tar shards; `<kind>` is in every caption.
 
     Raises:
         NestedAttentionError: it is none of these, or cannot be used.
     """
     folder = Path(data)
     if data.endswith(".tar"):
-        return ShardSource(data)
+        return ShardSource(data, kind)
     if folder.is_dir():
-        return HubSource(data) if is_dataset(folder) else FolderSource(folder)
-    if is_repo(data):
-        return HubSource(data)
+        return HubSource(data, kind) if is_dataset(folder) else FolderSource(folder, kind)
+    if is_repo(data.partition("@")[0]):
+        return HubSource(data, kind)
     raise NestedAttentionError(f"there is nothing to train on called {data!r}; {FORMS}")
 
 

@@ -1,0 +1,41 @@
+"""What the numbers of the README are made of."""
+
+import numpy as np
+import pytest
+
+from nested_attention.bases import ASSETS
+from train.evaluate import FOUND, FOUND_IN_COLOUR, Case, Score, asked, make_case, measure
+from train.judge import load_judge
+from train.storybook.captions import Caption
+from train.storybook.picture import render
+from train.storybook.sampling import Character, Picture, Placed
+
+
+def test_the_interval_is_wilsons() -> None:
+    score = Score.of([True] * 8 + [False] * 2, [True] * 10)
+    assert (score.value, score.count, score.renders) == (0.8, 10, 1.0)
+    assert (score.low, score.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_the_same_pictures_are_asked_for_with_and_without_a_subject() -> None:
+    for suite in ("cat", "person + cat"):
+        with_one, without = make_case(suite, 3, True), make_case(suite, 3, False)
+        assert with_one.picture == without.picture and "<cat>" in with_one.said.text and "<" not in without.said.text
+
+
+def test_renders_in_the_place_of_pictures_score_as_renders() -> None:
+    judge, cases = load_judge(ASSETS / "storybook/judge"), [make_case("cat", index, True) for index in range(12)]
+    scores = measure(judge, "cat", cases, [render(case.picture).image for case in cases])
+    assert {"kind", "scene", "style", "accessory", FOUND.format("cat"), FOUND_IN_COLOUR.format("cat")} <= scores.keys()
+    assert all(score.value == score.renders for score in scores.values())
+    blank = measure(judge, "cat", cases, [np.full((128, 128, 3), 255, np.uint8)] * 12)[FOUND.format("cat")]
+    assert blank.value < 0.3 < blank.renders
+
+
+@pytest.mark.parametrize(("style", "fields"), [("plain", ["accessory", "expression"]), ("sketch", ["expression"])])
+def test_colours_are_not_asked_of_styles_that_have_none(style: str, fields: list[str]) -> None:
+    cat = make_case("cat", 0, True).picture.subjects[0].character
+    character = Character("cat", cat.identity, {"expression": "smiling", "accessory": "red scarf"})
+    picture = Picture("beach", 0, style, (Placed(character, 0.5, 0.8),))
+    said = Caption("a cat", ((0, 5),), (frozenset(character.attributes),), True, True)
+    assert sorted(asked(Case(0, picture, said, True), 0)) == fields

@@ -1,0 +1,278 @@
+"""Photos for training: the same ones from a folder, a data set and tar shards, in an exact order, in batches of one shape."""
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from nested_attention import NestedAttentionError
+from nested_attention.encoder import CLIP_VIT_H
+from tests.photo_files import ROCKET, rows_of
+from train.photos import hub, places
+from train.photos.batches import BucketBatches
+from train.photos.dataset import PhotoDataset, buckets
+from train.photos.folder import FolderSource
+from train.photos.hub import HubSource
+from train.photos.order import MIXED, permutation
+from train.photos.sample import PhotoSample, Source
+from train.photos.shards import ShardSource
+from train.photos.sources import open_source
+from train.prepare import prepare
+
+SHAPES = [(200, 200), (120, 240), (240, 120), (160, 220), (220, 160), (640, 100), (199, 200)]  # width, height
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of many shapes, prepared as a kind without faces."""
+    folder = tmp_path_factory.mktemp("shaped") / "rockets"
+    folder.mkdir()
+    rows = []
+    for k in range(23):
+        Image.open(ROCKET).rotate(k).resize(SHAPES[k % len(SHAPES)]).save(folder / f"{k:02d}.jpg")
+        rows.append({"file_name": f"{k:02d}.jpg", "text": f"the rocket number {k}"})
+    rows[3]["box"] = [0.25, 0.0, 0.75, 1.0]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = folder.with_name("ready")
+    prepare(folder, "rocket", out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def write_shards(prepared: Path, folder: Path, each: int) -> str:
+    """The photos of a prepared folder as tar shards; every other caption as JSON."""
+    folder.mkdir()
+    rows = rows_of(prepared)
+    for k, row in enumerate(rows):
+        key = Path(row["file_name"]).stem
+        caption = (f"{key}.json", json.dumps({"text": row["text"]})) if k % 2 else (f"{key}.txt", row["text"])
+        content = {
+            f"{key}.jpg": (prepared / row["file_name"]).read_bytes(), f"{key}.reference.png": (prepared / row["reference"]).read_bytes(),
+            caption[0]: caption[1].encode(),
+        }  # fmt: skip
+        with tarfile.open(folder / f"data-{k // each:06d}.tar", "a") as tar:
+            for name, data in content.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return f"{folder}/data-{{000000..{(len(rows) - 1) // each:06d}}}.tar"
+
+
+def same(a: PhotoSample, b: PhotoSample) -> bool:
+    pictures = zip((a.image, a.reference), (b.image, b.reference), strict=True)
+    return a.text == b.text and all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pictures)
+
+
+def assert_same_photos(source: Source, expected: Source) -> None:
+    assert len(source) == len(expected) == sum(source.shards)
+    for k in range(len(expected)):
+        assert same(source[k], expected[k]) and source.size(k) == expected.size(k) and source.caption(k) == expected.caption(k)
+
+
+def test_shards_give_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_shards(shaped, tmp_path / "shards", 5)
+    folder, shards = open_source(str(shaped), "rocket"), open_source(pattern, "rocket")
+    assert isinstance(folder, FolderSource) and isinstance(shards, ShardSource)
+    assert shards.shards == [5, 5, 5, 5, 3] and [shards[k].key for k in (0, 22)] == ["00", "22"]
+    assert_same_photos(shards, folder)
+    monkeypatch.setattr(tarfile, "open", None)  # from now on the index has to do
+    assert_same_photos(open_source(f"{tmp_path}/shards/data-*.tar", "rocket"), folder)
+
+
+def test_a_data_set_gives_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = rows_of(shaped)
+    columns = {"image": [str(shaped / row["file_name"]) for row in rows], "reference": [str(shaped / row["reference"]) for row in rows]}
+    made = datasets.Dataset.from_dict({**columns, "text": [row["text"] for row in rows]})
+    for column in columns:
+        made = made.cast_column(column, datasets.Image())
+    made.save_to_disk(str(tmp_path / "saved"))
+    source = open_source(str(tmp_path / "saved"), "rocket")
+    assert isinstance(source, HubSource)
+    assert_same_photos(source, FolderSource(shaped, "rocket"))
+    monkeypatch.setattr(hub, "upright_size", None)  # sizes are known from the first start
+    assert HubSource(str(tmp_path / "saved"), "rocket").sizes == source.sizes
+
+
+def test_a_data_set_may_be_named_at_a_revision(shaped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = rows_of(shaped)[0]
+    columns = {"image": [str(shaped / row["file_name"])], "reference": [str(shaped / row["reference"])], "text": [row["text"]]}
+    made = datasets.Dataset.from_dict(columns)
+    for column in ("image", "reference"):
+        made = made.cast_column(column, datasets.Image())
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: asked.append((name, revision)) or {"train": made})
+    assert len(open_source("somebody/rockets@v2", "rocket")) == len(open_source("somebody/rockets", "rocket")) == 1
+    assert asked == [("somebody/rockets", "v2"), ("somebody/rockets", None)]
+
+
+def test_what_is_no_source_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "cut.tar").write_bytes(b"x" * 2000)
+    for data, words in {
+        str(tmp_path): "run `python -m train.prepare", "/nowhere/at/all": "shards: data-", f"{tmp_path}/{{0..3}}.tar": "there is no file .*0.tar",
+        f"{tmp_path}/cut.tar": "damaged or compressed", "somebody/photos": "pip install datasets",
+    }.items():  # fmt: skip
+        with pytest.raises(NestedAttentionError, match=words):
+            open_source(data, "person")
+
+
+def test_photos_of_another_kind_are_refused(shaped: Path, tmp_path: Path) -> None:
+    pattern = write_shards(shaped, tmp_path / "shards", 12)
+    for data in (str(shaped), pattern):
+        with pytest.raises(NestedAttentionError, match=r"names <rocket>: .*; write <person>, .* or train with --kind rocket\."):
+            open_source(data, "person")
+
+
+def test_a_shard_with_half_a_photo_is_refused(tmp_path: Path) -> None:
+    shutil.copy(ROCKET, tmp_path / "one.jpg")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "one.jpg", "one.jpg")
+    with pytest.raises(NestedAttentionError, match=r"one in a\.tar has no caption and no reference"):
+        open_source(str(tmp_path / "a.tar"), "rocket")
+
+
+class PartsHandler(BaseHTTPRequestHandler):
+    """Serves the files of `folder`, in parts unless `whole` is set."""
+
+    folder: Path
+    whole = False
+    failures = 0
+    served = 0
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        if kind.failures:
+            kind.failures -= 1
+            return self.send_error(503)
+        if not (self.folder / self.path[1:]).is_file():
+            return self.send_error(404)
+        content = (self.folder / self.path[1:]).read_bytes()
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = content if self.whole else content[first : last + 1]
+        if not part:
+            return self.send_error(416)
+        kind.served += len(part)
+        self.send_response(200 if self.whole else 206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[PartsHandler]]]:
+    """The address of a server of `tmp_path / "shards"`, and its handler; indices are kept in `tmp_path / "home"`."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(places.time, "sleep", lambda seconds: None)
+    handler = type("Handler", (PartsHandler,), {"folder": tmp_path / "shards"})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler
+        server.shutdown()
+
+
+def test_shards_on_a_server_are_read_in_parts(shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]]) -> None:
+    address, handler = web
+    pattern = write_shards(shaped, tmp_path / "shards", 12).replace(f"{tmp_path}/shards", address)
+    total = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    handler.failures = 2  # what fails for the moment is asked for again
+    source = open_source(pattern, "rocket")
+    assert handler.served < 1.1 * total  # once through
+    assert_same_photos(source, FolderSource(shaped, "rocket"))
+    handler.served = 0
+    again = open_source(pattern, "rocket")
+    assert handler.served == 2  # a byte of each shard, to see that it has not changed
+    again[3]
+    assert handler.served < total / 4
+    assert len(list((tmp_path / "home/nested_attention/shards").iterdir())) == 2
+
+
+def test_what_a_server_does_not_give_is_said(shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]]) -> None:
+    address, handler = web
+    write_shards(shaped, tmp_path / "shards", 12)
+    with pytest.raises(NestedAttentionError, match=r"none\.tar cannot be read \(HTTP Error 404.*check the address"):
+        open_source(f"{address}/none.tar", "rocket")
+    with pytest.raises(NestedAttentionError, match=r"write their numbers as \{000000\.\.000012\}"):
+        open_source(f"{address}/data-*.tar", "rocket")
+    handler.whole = True
+    with pytest.raises(NestedAttentionError, match="only as a whole; download it"):
+        open_source(f"{address}/data-000000.tar", "rocket")
+
+
+# -------------------------------------------------------------------------------------------------- order and batches
+
+
+def test_every_photo_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
+    first, second, other = permutation((7, 3, 5), 0, 0), permutation((7, 3, 5), 0, 1), permutation((7, 3, 5), 1, 0)
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(15))
+    assert not np.array_equal(first, second) and not np.array_equal(first, other)
+    permutation.cache_clear()
+    assert np.array_equal(permutation((7, 3, 5), 0, 0), first)
+
+
+def test_only_a_few_shards_are_read_at_a_time() -> None:
+    order = permutation((100,) * 40, 3, 0)
+    assert all(len({photo // 100 for photo in order[k : k + MIXED * 100]}) == MIXED for k in range(0, 4000, MIXED * 100))
+
+
+@pytest.mark.parametrize("resolution", [256, 512, 768, 1024])
+def test_buckets_have_about_the_same_area_and_sides_in_steps_of_64(resolution: int) -> None:
+    sizes = buckets(resolution)
+    assert (resolution, resolution) in sizes and len(sizes) == len(set(sizes)) >= 3
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0 and 0.5 <= height / width <= 2 and (width, height) in sizes
+        assert 0.85 <= height * width / resolution**2 <= 1
+    with pytest.raises(NestedAttentionError, match="multiple of 64"):
+        buckets(resolution - 1)
+
+
+def test_an_item_is_a_function_of_its_index(shaped: Path) -> None:
+    one, two = (PhotoDataset(FolderSource(shaped, "rocket"), 256, CLIP_VIT_H, seed=4) for _ in range(2))
+    for index in (40, 3, 1000):
+        item, again = one[index], two[index]
+        assert all(torch.equal(item[key], again[key]) for key in item) and one.caption(index) == two.caption(index)
+        assert item["pixels"].shape == (3, *item["target"]) and item["reference"].shape == (3, 224, 224)
+        assert item["pixels"].abs().max() <= 1 and item["pixels"].min() < -0.5
+    strip = next(k for k in range(23) if tuple(one[k]["size"]) == (100, 640))
+    corners = {int(one[k]["crop"][1]) for k in (strip, *(n for n in range(23, 230) if one.order[n] == one.order[strip]))}
+    assert tuple(one[strip]["target"]) == (192, 320) and len(corners) > 3
+    assert "<rocket> number" in one.caption(strip)
+
+
+def test_batches_hold_one_shape_and_every_photo_counts_the_same(shaped: Path) -> None:
+    dataset = PhotoDataset(FolderSource(shaped, "rocket"), 256, CLIP_VIT_H)
+    batches = list(islice(BucketBatches(dataset, 4), 300))
+    assert all(len(batch) == 4 and len({dataset.bucket_numbers[dataset.order[k]] for k in batch}) == 1 for batch in batches)
+    counts = np.bincount([dataset.order[k] for batch in batches for k in batch], minlength=23)
+    assert counts.max() - counts.min() <= 4 and len({k for batch in batches for k in batch}) == 1200
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(dataset, batch_sampler=BucketBatches(dataset, 4))  # type: ignore[arg-type]
+    assert next(iter(loader))["pixels"].shape == (4, 3, *dataset.buckets[dataset.bucket_numbers[dataset.order[batches[0][0]]]])
+
+
+def test_processes_together_do_what_one_does_and_a_run_resumes_where_it_stopped(shaped: Path) -> None:
+    dataset = PhotoDataset(FolderSource(shaped, "rocket"), 256, CLIP_VIT_H, seed=1)
+    alone = list(islice(BucketBatches(dataset, 4), 40))
+    ranks = [list(islice(BucketBatches(dataset, 4, rank, 2), 40)) for rank in range(2)]
+    assert [[a[0], b[0], a[1], b[1]] for a, b in zip(*ranks, strict=True)] == alone
+    assert list(islice(BucketBatches(dataset, 4, first=17), 23)) == alone[17:]
+    with pytest.raises(NestedAttentionError, match="cannot be divided among 3 processes"):
+        BucketBatches(dataset, 4, processes=3)
