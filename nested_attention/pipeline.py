@@ -178,7 +178,7 @@ class NestedAttentionPipeline:
             except BaseException as error:
                 events.put(error)
 
-        worker = threading.Thread(target=work, daemon=True)
+        worker = threading.Thread(target=work, daemon=True, name="generation")
         worker.start()
         try:
             while not isinstance(event := events.get(), Generation):
