@@ -1,6 +1,5 @@
 """Encoding one picture: square, features, tokens, and the nested keys and values of every layer, once."""
 
-import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, P
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.encoder import ImageConfig, image_features
 from nested_attention.errors import NestedAttentionError, get_back
-from nested_attention.hub import fetch
+from nested_attention.hub import fetch, is_repo
 from nested_attention.images import padded_square
 from nested_attention.subjects import EncodedImage, Subject, SubjectCache
 
@@ -57,10 +56,16 @@ class ImageEncoders:
             return self._loaded[source]
 
     def _folder(self, config: AdapterConfig) -> Path:
-        path = (self._folders[config.kind] / config.image_encoder).resolve()
-        if not path.is_dir() and re.fullmatch(r"[^/.][^/]*/[^/]+", config.image_encoder):
+        if on_hub(self._folders[config.kind], config.image_encoder):
             path = fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder))
+        else:
+            path = (self._folders[config.kind] / config.image_encoder).resolve()
         return path / config.image_subfolder
+
+
+def on_hub(adapter: Path, image_encoder: str) -> bool:
+    """True if the `image_encoder` that an adapter's config names is a repo, and no folder relative to that of the `adapter`."""
+    return not (adapter / image_encoder).is_dir() and is_repo(image_encoder)
 
 
 def encoder_files(folder: str) -> list[str]:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
@@ -28,6 +29,15 @@ AFTER_REFUSAL = {
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that is valid",
     403: "log in with `hf auth login` with a token that may do this (for a push: write there), from https://huggingface.co/settings/tokens",
 }
+
+
+def is_repo(name: str) -> bool:
+    """True if `name` has the form user/name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def record_file() -> Path:

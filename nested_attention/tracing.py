@@ -200,6 +200,11 @@ class Trace:
         return tuple(sorted(seen, reverse=True))
 
     @property
+    def thirds(self) -> tuple[int, ...]:
+        """Parts of the steps that were seen: one or two steps do not make three."""
+        return tuple(sorted({third for _, third in self.recorder.outer})) if self.recorder else ()
+
+    @property
     def placeholders(self) -> tuple[str, ...]:
         return tuple(self._subjects)
 

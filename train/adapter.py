@@ -23,7 +23,7 @@ from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights, save_adapter
 from nested_attention.bases import BASES, find_base
 from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
-from nested_attention.encoding import ImageEncoders
+from nested_attention.encoding import ImageEncoders, on_hub
 from nested_attention.errors import spoken_at_exit
 from nested_attention.faces import SEARCHES
 from nested_attention.hub import commit_of
@@ -61,9 +61,9 @@ class Job:
         if config.get("checkpointing"):
             stock.unet.enable_gradient_checkpointing()
         comes_along, source = (preset.adapters or Path()) / self.kind, config["image_encoder"]
-        local = source.startswith(".") or (comes_along / source).is_dir()
+        revision = commit_of(source) if on_hub(comes_along, source) else None
         described = AdapterConfig(
-            self.kind, self.word, preset.name, source, config.get("image_subfolder", ""), None if local else commit_of(source),
+            self.kind, self.word, preset.name, source, config.get("image_subfolder", ""), revision,
             value_norm=config["value_norm"], lam=config["lam"], licence=config["licence"], image=ImageConfig.from_dict(config["image"]),
             framing=config.get("framing", "whole") if self.kind in SEARCHES else "whole",  # as `train.prepare` makes references
         )  # fmt: skip

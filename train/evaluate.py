@@ -198,8 +198,9 @@ def asked(case: Case, which: int) -> list[str]:
     """The attributes of a subject that the prompt states and a picture can show."""
     attributes = case.picture.subjects[which].character.attributes
     fields = [field for field in case.said.mentioned[which] if attributes[field] != "none"]
-    coloured = [field for field in fields if "colour" in field or attributes[field].split()[0] in GARMENT]  # "red scarf"
-    return fields if STYLES[case.picture.style].keeps_colour else [field for field in fields if field not in coloured]
+    if STYLES[case.picture.style].keeps_colour:
+        return fields
+    return [field for field in fields if "colour" not in field and attributes[field].split()[0] not in GARMENT]  # "red scarf"
 
 
 def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
@@ -224,16 +225,16 @@ def run(suites: dict[str, int], processes: int, sheets: Path | None) -> dict[str
                     sheet(images).save(sheets / f"{suite.replace(' ', '')}-{mode}.jpg", quality=90)
                 scores = measure(judge, suite, cases, images)
                 results.setdefault(suite, {})[mode] = scores
-                report(suite, mode, count, scores, results[suite].get("base") if mode == "personalized" else None)
+                report(suite, mode, count, scores, results[suite].get("base", {}) if mode == "personalized" else {})
     return results
 
 
-def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score] | None) -> None:
+def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score]) -> None:
     """Prints the scores of a suite, and what the prompt lost in points against the same prompts without a subject."""
     print(f"\n{suite}, {mode} ({count} prompts; of {GALLERY} chance finds {1 / GALLERY:.0%})", flush=True)
     for field, score in scores.items():
-        kept = base is not None and field in base and "found" not in field
-        change = f"  against the base {100 * (score.value - base[field].value):+5.1f}" if base is not None and kept else ""
+        of_prompt = field in base and "found" not in field
+        change = f"  against the base {100 * (score.value - base[field].value):+5.1f}" if of_prompt else ""
         print(f"  {field:40s} {score}{change}", flush=True)
 
 

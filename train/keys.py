@@ -8,8 +8,6 @@ there, as far as the layer's own queries can tell. Q-Former and nested values st
 The result is the adapter that `train.adapter` starts from.
 """
 
-import argparse
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective
 from train.personalizer import Personalizer
-from train.storybook.kinds import KINDS
+from train.reader import asked_for
 from train.storybook.personal import PersonalPictures
 from train.storybook.scenes import CANVAS
 
@@ -97,18 +95,12 @@ class KeysTask(Task):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.keys", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--kind", choices=tuple(KINDS), required=True)
-    parser.add_argument("--out", type=Path, help="runs/keys-KIND if not given")
-    options = parser.parse_args()
-    out = options.out or Path(f"runs/keys-{options.kind}")
-    whole = tomllib.loads(options.config.read_text())
+    kind, out, whole = asked_for("keys", __doc__)
     config = {name: value for name, value in whole["adapter"].items() if name != "start"}
     torch.manual_seed(0)
-    model, _ = Job(options.kind, options.kind, "storybook", None, None, None, out, config).model()
-    model.adapter.qformer.load_state_dict(read_weights(Path(whole["keys"]["reader"].format(kind=options.kind))))
-    task = KeysTask(KeysLesson(model), options.kind, Diffusion(**config["diffusion"]))
+    model, _ = Job(kind, kind, "storybook", None, None, None, out, config).model()
+    model.adapter.qformer.load_state_dict(read_weights(Path(whole["keys"]["reader"].format(kind=kind))))
+    task = KeysTask(KeysLesson(model), kind, Diffusion(**config["diffusion"]))
     learned = fit(task, LoopConfig(**whole["keys"]["loop"]), out, {"adapter": asdict(model.adapter.config)})
     task.model.load_state_dict(learned, strict=False)
     save_adapter(out / "adapter", model.adapter.config, model.adapter.state_dict(), torch.float32)

@@ -129,20 +129,24 @@ class ReaderTask(Task):
         return Image.fromarray((whole.numpy() * 255).astype(np.uint8))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.reader", description=__doc__)
+def asked_for(lesson: str, description: str | None) -> tuple[str, Path, dict[str, Any]]:
+    """What the command `python -m train.LESSON` was asked for: the kind, the folder of the run, and the whole config."""
+    parser = argparse.ArgumentParser(prog=f"python -m train.{lesson}", description=description)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--kind", choices=tuple(KINDS), required=True)
-    parser.add_argument("--out", type=Path, help="runs/reader-KIND if not given")
+    parser.add_argument("--out", type=Path, help=f"runs/{lesson}-KIND if not given")
     options = parser.parse_args()
-    out = options.out or Path(f"runs/reader-{options.kind}")
-    whole = tomllib.loads(options.config.read_text())
+    return options.kind, options.out or Path(f"runs/{lesson}-{options.kind}"), tomllib.loads(options.config.read_text())
+
+
+def main() -> None:
+    kind, out, whole = asked_for("reader", __doc__)
     config = whole["reader"]
     torch.manual_seed(0)
     encoder = BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float()
     sizes = QFormerConfig(**whole["adapter"]["qformer"], feature_dim=feature_dim(encoder), output_dim=whole["text"]["model"]["width"])
-    lesson = ReaderLesson(encoder, QFormer(sizes), options.kind)
-    lesson.load_state_dict(fit(ReaderTask(lesson, options.kind), LoopConfig(**config["loop"]), out, config), strict=False)
+    lesson = ReaderLesson(encoder, QFormer(sizes), kind)
+    lesson.load_state_dict(fit(ReaderTask(lesson, kind), LoopConfig(**config["loop"]), out, config), strict=False)
     with replaced(out / "reader.safetensors") as fresh:
         save_file(lesson.reader.state_dict(), fresh)
 

@@ -96,12 +96,11 @@ def reset(studio: Studio, session: str) -> list:
     names = [subject.placeholder for subject in result.subjects]
     numbers = [str(k + 1) for k in range(len(result.files))]
     grids = ["all", *(f"{height} x {width}" for height, width in result.maps.resolutions)]
-    seen = {third for _, third in result.maps.subject(names[0]).recorder.outer}  # one or two steps do not make three parts
     choices = [
         gr.Radio(names, value=names[0]),
         gr.Radio(numbers, value="1"),
         gr.Radio(grids, value="all"),
-        gr.Radio([part for part, third in PARTS.items() if third is None or third in seen], value="all steps"),
+        gr.Radio([part for part, third in PARTS.items() if third is None or third in result.maps.thirds], value="all steps"),
     ]
     return [*choices, *show(studio, session, names[0], "1", "all", "all steps")]
 

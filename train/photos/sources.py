@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from nested_attention.errors import NestedAttentionError
+from nested_attention.hub import is_repo
 from train.photos.folder import FolderSource
 from train.photos.hub import HubSource, is_dataset
 from train.photos.sample import Source
@@ -31,12 +29,3 @@ def open_source(data: str, kind: str) -> Source:
     if is_repo(data.partition("@")[0]):
         return HubSource(data, kind)
     raise NestedAttentionError(f"there is nothing to train on called {data!r}; {FORMS}")
-
-
-def is_repo(name: str) -> bool:
-    """True if `name` has the form user/name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
