@@ -77,7 +77,7 @@ class LayerSubject:
 
 def attention_logits(query: Tensor, key: Tensor) -> Tensor:
     """How well each of `n` keys answers each query, before the softmax: `(B, heads, HW, n)`."""
-    return query @ key.mT * query.shape[-1] ** -0.5
+    return query * query.shape[-1] ** -0.5 @ key.mT
 
 
 def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
@@ -86,6 +86,13 @@ def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
     if subject.answering is not None:
         logits = logits.masked_fill(~subject.answering, float("-inf"))
     return logits.softmax(-1)
+
+
+def nested_values(query: Tensor, subject: LayerSubject) -> Tensor:
+    """v*, what these tokens answer, without their probabilities in memory: `(B, heads, HW, d)`."""
+    key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (subject.key, subject.value))
+    mask = None if subject.answering is None else subject.answering[None, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def outer_probabilities(query: Tensor, key: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
@@ -129,9 +136,7 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
     )
     out, shares = out[..., :d], out[..., d : d + len(subjects)].split(1, -1)
     for subject, share in zip(subjects, shares, strict=True):
-        nested_key, nested_value = (x.expand(batch, -1, -1, -1) for x in (subject.key, subject.value))
-        mask = None if subject.answering is None else subject.answering[None, None, None]
-        nested = F.scaled_dot_product_attention(query, nested_key, nested_value, attn_mask=mask)
+        nested = nested_values(query, subject)
         out = torch.addcmul(out, share * subject.factor(nested, value), nested)
     return out
 

@@ -14,14 +14,14 @@ a claim about routing, not about cause: to check it, mute the tokens (`Subject.m
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_attention.attention import LayerSubject, nested_probabilities, outer_probabilities
+from nested_attention.attention import LayerSubject, nested_probabilities, nested_values, outer_probabilities
 from nested_attention.errors import NestedAttentionError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from nested_attention.subjects import Subject
 
 THIRDS = (0, 1, 2)
-WATCHED = 14  # cross-attention layers that are looked into at a step
+WATCHED = 10  # cross-attention layers that are looked into at a step
+BLOCK = {"cpu": 1 << 20}  # probabilities that exist at a time: on a CPU so few that they stay in its cache
 Grid = tuple[int, int]
 Key = tuple[Grid, int]  # resolution of the feature map, third of the steps
 
@@ -94,16 +95,27 @@ class Recorder:
         if watched:
             self.outer.setdefault(where, Mean()).add(outer_probabilities(query, key, subjects).mean(1))
         for which, subject in enumerate(subjects):
-            nested = nested_probabilities(query, subject)
             if watched:
-                self.nested.setdefault((where, which), Mean()).add(nested.mean(1))
+                self.nested.setdefault((where, which), Mean()).add(nested_mean(query, subject))
             if valued:
                 query_values, words = self.values.setdefault((where, which), (Mean(), Mean()))
-                word = subject.word_value(value)
-                query_values.add(
-                    torch.lerp(word, subject.scaled(nested @ subject.value, value), subject.strength).transpose(1, 2).flatten(2)
-                )
+                word, nested = subject.word_value(value), subject.scaled(nested_values(query, subject), value)
+                query_values.add(torch.lerp(word, nested, subject.strength).transpose(1, 2).flatten(2))
                 words.add(word.transpose(1, 2).flatten(2))
+
+
+def nested_mean(query: Tensor, subject: LayerSubject) -> Tensor:
+    """alpha, the mean over heads, `(B, HW, N)`: some heads and queries at a time, which is faster than all at once."""
+    batch, heads, pixels, _ = query.shape
+    block = BLOCK.get(query.device.type, 1 << 28)
+    each = max(1, block // (batch * pixels * subject.key.shape[2]))  # heads
+    size = max(1, block // (batch * subject.key.shape[2]))  # queries
+    total = torch.zeros(batch, pixels, subject.key.shape[2], device=query.device)
+    for some, key in zip(query.split(each, 1), subject.key.split(each, 1), strict=True):
+        mine = replace(subject, key=key)
+        for part, into in zip(some.split(size, 2), total.split(size, 1), strict=True):
+            into += nested_probabilities(part, mine).sum(1)
+    return total / heads
 
 
 @dataclass(frozen=True)

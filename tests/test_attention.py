@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nested_attention.attention import LayerSubject, fast, nested_probabilities, outer_probabilities, plain
+from nested_attention.tracing import nested_mean
 
 HEADS, LENGTH, D = 3, 11, 16
 
@@ -105,3 +106,12 @@ def test_rows_of_every_map_sum_to_one() -> None:
     s = subject(2, (3,), token_weight=2.0)
     for shares in (outer_probabilities(query, key, [s]), nested_probabilities(query, s)):
         torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:-1]))
+
+
+@pytest.mark.parametrize("block", [1, 300, 1 << 20])
+def test_the_map_taken_in_blocks_is_the_mean_over_heads(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to one head and one query at a time."""
+    monkeypatch.setattr("nested_attention.tracing.BLOCK", {"cpu": block})
+    query, _, _ = inputs()
+    for s in (subject(2, (3,)), subject(1, (3,)), replace(subject(2, (3,)), answering=torch.tensor([True, False, True, True, False]))):
+        torch.testing.assert_close(nested_mean(query, s), nested_probabilities(query, s).mean(1))

@@ -123,11 +123,12 @@ def accuracy(judge: Judge, pairs: Pairs) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.judge", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="judge folder to go on from, such as assets/storybook/judge")
     parser.add_argument("--out", type=Path, default=Path("runs/judge"))
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())["judge"]
     torch.manual_seed(0)
-    judge = Judge()
+    judge = load_judge(options.init).requires_grad_() if options.init else Judge()
     judge.load_state_dict(fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config), strict=False)
     save_judge(judge, options.out / "judge")
     unseen = accuracy(judge, Pairs("validation", 1024, blurred=False))

@@ -4,7 +4,7 @@ import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
-from nested_attention.ui.controls import build_advanced, build_prompt, knob_defaults
+from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
 from nested_attention.ui.examples import load_examples
 from nested_attention.ui.handlers import EXAMPLE, Handlers, insert_one
 from nested_attention.ui.inside import build_inside
@@ -12,17 +12,26 @@ from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
 from nested_attention.ui.studio import Studio
 
-TITLE = """# Nested Attention
+TITLE = """## Nested Attention
 Give a picture of a character, write a prompt with its placeholder, and get new pictures that show **that** character and follow the prompt.
 """
 CSS = """
 .problem p { color: var(--error-text-color, #b42318); margin: 4px 8px; }
 .notice p { margin: 2px 0; }
 .slot { border: 1px solid var(--border-color-primary); }
-.grid-wrap.fixed-height { min-height: 0 !important; } /* galleries are as high as what they show */
+.slot .column { gap: 0; }
+.slot .notice p { margin: 4px 10px; font-size: var(--text-sm); }
+.grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; } /* galleries are as high as what they show */
+#examples .grid-container { gap: 4px; grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
+#examples .caption-label { left: 0; right: 0; max-width: none; border-radius: 0; padding: 1px 4px; font-size: 11px; text-align: center; }
+.gradio-container .column { gap: 10px; }
 .caption { background: var(--block-background-fill); }
 .caption p { margin: 6px 10px; font-size: var(--text-sm); }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } .gradio-container .row { flex-wrap: wrap; } }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .gradio-container .row { flex-wrap: wrap; }
+  #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+}
 """
 
 
@@ -36,10 +45,9 @@ def build_app(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320):
                 gr.Markdown("**1 · Start from an example**", visible=bool(examples))
                 covers = gr.Gallery(
-                    [(example.results[0], example.title) for example in examples], show_label=False, columns=3, height="auto",
+                    [(example.results[0], example.title) for example in examples], show_label=False, columns=6, height="auto",
                     allow_preview=False, interactive=False, object_fit="cover", visible=bool(examples), buttons=[], elem_id="examples",
                 )  # fmt: skip
-                models = build_models(studio)
                 gr.Markdown("**2 · Your subjects**")
                 slots = build_slots(studio, start.slots if start else ())
                 gr.Markdown("**3 · What should happen**")
@@ -49,7 +57,6 @@ def build_app(studio: Studio) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel")
                 notice = gr.Markdown(elem_classes="notice problem", elem_id="notice")
                 offer = gr.Button(visible=False, elem_id="offer")
-                controls = build_advanced(prompt, studio.pipe, start)
             with gr.Column(scale=6, min_width=320):
                 gr.Markdown("**4 · Pictures**")
                 gallery = gr.Gallery(
@@ -63,6 +70,12 @@ def build_app(studio: Studio) -> gr.Blocks:
                 with gr.Accordion("Settings in a picture", open=False):
                     gr.Markdown("Downloaded PNGs carry all parameters. Drop one here to get them back.")
                     dropped = gr.File(label="A PNG made here", type="filepath", file_types=[".png"], height=110, elem_id="dropped")
+        with gr.Row():  # a row of its own: on a phone the pictures follow the button at once
+            with gr.Column(scale=5, min_width=320):
+                build_ready_made(prompt)
+                controls = build_advanced(prompt, studio.pipe, start)
+                models = build_models(studio)
+            with gr.Column(scale=6, min_width=320):
                 inside, _ = build_inside(studio)
 
         handlers = Handlers(studio, examples)

@@ -50,11 +50,15 @@ def build_prompt(start: Example | None, names: gr.Markdown) -> gr.Textbox:
     """`start`: whose prompt stands there at first; `names`: the line with the placeholders, shown below."""
     prompt = gr.Textbox(
         start.prompt if start else WITHOUT_SUBJECTS, label="Prompt", lines=2, elem_id="prompt",
-        info="Name every subject by its placeholder, such as <person>; the buttons above write it for you.",
+        info="Name every subject by its placeholder; the buttons above write it.",
     )  # fmt: skip
     names.render()
-    gr.Examples([[text] for text in READY_MADE], [prompt], label="Ready-made prompts", examples_per_page=8)
     return prompt
+
+
+def build_ready_made(prompt: gr.Textbox) -> None:
+    """Prompts that one click writes into `prompt`."""
+    gr.Examples([[text] for text in READY_MADE], [prompt], label="Ready-made prompts", examples_per_page=8)
 
 
 def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Example | None) -> Controls:

@@ -95,8 +95,8 @@ def framings(kind: str, faces: int) -> list[tuple[str, str]]:
 
     The largest face can be chosen before anybody looked for it: looking takes time, so it is done when asked for.
     """
-    of_faces = [("the largest face", "face"), *((f"face {n} by size", f"face {n}") for n in range(2, faces + 1))]
-    return [("the whole picture", "whole"), ("my own crop", "crop"), *(of_faces if kind in SEARCHES else [])]
+    of_faces = [("largest face", "face"), *((f"face {n} by size", f"face {n}") for n in range(2, faces + 1))]
+    return [("whole picture", "whole"), ("own crop", "crop"), *(of_faces if kind in SEARCHES else [])]
 
 
 @dataclass(frozen=True)
@@ -147,25 +147,32 @@ def build_slot(pipe: NestedAttentionPipeline, number: int, slot: Slot, is_open: 
     with gr.Group(visible=is_open, elem_classes="slot") as group:
         with gr.Row():
             kind = gr.Dropdown(
-                list(pipe.kinds), value=slot.kind or None, label=f"Subject {number + 1}", min_width=110, elem_id=f"kind-{number}"
+                list(pipe.kinds), value=slot.kind or None, label=f"Subject {number + 1}", scale=2, min_width=100, elem_id=f"kind-{number}"
+            )
+            framing = gr.Dropdown(
+                framings(slot.kind, found.faces),
+                value=slot.framing,
+                label="Of its pictures",
+                scale=3,
+                min_width=130,
+                elem_id=f"framing-{number}",
             )
             strength = gr.Slider(
-                0, MAX_STRENGTH, slot.strength, step=0.05, label="Strength", info="0 an ordinary word, 1 this subject", min_width=140
+                0, MAX_STRENGTH, slot.strength, step=0.05, label="Strength", info="0 is an ordinary word", scale=3, min_width=150
             )
         with gr.Row():
             with gr.Column(scale=3, min_width=180):
                 gr.Markdown("Its pictures: upload or paste one or several", elem_classes="caption")
                 files = gr.Gallery(
-                    list(slot.files) or None, show_label=False, type="filepath", columns=3, height=150, fit_columns=False, interactive=True,
+                    list(slot.files) or None, show_label=False, type="filepath", columns=3, height=120, fit_columns=False, interactive=True,
                     sources=["upload", "clipboard"], object_fit="contain", elem_id=f"files-{number}",
                 )  # fmt: skip
             with gr.Column(scale=2, min_width=120):
                 gr.Markdown("What the encoder sees", elem_classes="caption")
                 preview = gr.Gallery(
-                    found.pictures, show_label=False, columns=2, height=150, interactive=False, allow_preview=False, object_fit="contain",
+                    found.pictures, show_label=False, columns=2, height=120, interactive=False, allow_preview=False, object_fit="contain",
                     fit_columns=False, buttons=[], elem_id=f"seen-{number}",
                 )  # fmt: skip
-        framing = gr.Dropdown(framings(slot.kind, found.faces), value=slot.framing, label="Use of the picture", elem_id=f"framing-{number}")
         with gr.Row(visible=False) as crop:
             sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
         note = gr.Markdown(found.note, elem_classes="notice", elem_id=f"note-{number}")
