@@ -227,6 +227,8 @@ def test_an_adapter_of_other_sizes_is_no_start(job: Job, tmp_path: Path) -> None
     tiny.adapter(tiny.stock("sdxl").unet, "person").save(tmp_path / "six")
     with pytest.raises(NestedAttentionError, match=r"six/adapter\.safetensors has other sizes than the config and the base"):
         replace(job, init=tmp_path / "six").model()
+    with pytest.raises(NestedAttentionError, match=r"none/adapter\.safetensors is not there, .*train\.keys --kind person\), or .* --init"):
+        replace(job, init=tmp_path / "none").model()
 
 
 def test_every_base_of_sdxls_architecture_has_a_config(parts: Path) -> None:

@@ -73,6 +73,11 @@ class Job:
         adapter = Adapter(replace(described, qformer=sizes), stock.unet)
         start = self.init or (Path(config["start"].format(kind=self.kind)) if "start" in config else None)
         if start is not None:
+            if not (start / WEIGHTS).is_file():
+                raise NestedAttentionError(
+                    f"{start / WEIGHTS} is not there, and this run starts from it; make it first (Storybook's: python -m train.keys "
+                    f"--kind {self.kind}), or go on from another with --init, such as assets/storybook/adapters/{self.kind}."
+                )
             try:
                 adapter.load_state_dict(read_weights(start / WEIGHTS))
             except RuntimeError as error:
