@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.hub import is_repo
 
 ASSETS = Path(__file__).parent.parent / "assets"
 INDEX = "model_index.json"  # names a base's architecture and its parts
@@ -129,7 +130,7 @@ def find_base(name: str) -> Base:
         folder = str(Path(name).resolve())
         return replace(of_architecture(name, index), name=name, source=folder, revision=None, variant=None, licence="see its source")
     repo, _, revision = name.partition("@")
-    if repo.count("/") == 1 and not Path(name).exists():
+    if is_repo(repo) and not Path(name).exists():
         return replace(BASES["sdxl"], name=name, source=repo, revision=revision or None, variant=None, licence="see its page on the Hub")
     raise NestedAttentionError(
         f"there is no base model called {name!r}; known are {', '.join(BASES)}, or give a diffusers folder or a Hub repo id."

@@ -1,5 +1,6 @@
 """One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, interleaved."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def step_table(scale: str, repeats: int, only: list[str] | None) -> dict[str, di
     peaks: dict[str, float] = {}
     caches: dict[str, float] = {}
     for round_number in range(repeats + 1):
-        for name, make in chosen.items():
+        for name, make in random.Random(round_number).sample(list(chosen.items()), len(chosen)):  # no one always comes last
             step, caches[name] = make()  # made and dropped for every round: caches of all variants do not fit at once
             step_seconds, peak = timed(step)
             if round_number:
