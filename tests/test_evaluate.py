@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from nested_attention.bases import ASSETS
-from train.evaluate import FOUND, FOUND_IN_COLOUR, Case, Score, asked, make_case, measure
+from train.evaluate import FOUND, FOUND_IN_COLOUR, GALLERY, Case, Score, asked, gallery_identities, make_case, measure
 from train.judge import load_judge
 from train.storybook.captions import Caption
+from train.storybook.kinds import KINDS
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed
 
@@ -32,10 +33,18 @@ def test_renders_in_the_place_of_pictures_score_as_renders() -> None:
     assert blank.value < 0.3 < blank.renders
 
 
+def test_settings_are_chosen_by_identities_that_are_not_those_of_the_numbers() -> None:
+    for kind in KINDS:
+        test, validation = (gallery_identities(kind, split) for split in ("test", "validation"))
+        assert len(test) == GALLERY and not [identity for identity in validation if identity in test]
+    case = make_case("person", 5, True, "validation")
+    assert case.picture.subjects[0].character.identity == gallery_identities("person", "validation")[5]
+
+
 @pytest.mark.parametrize(("style", "fields"), [("plain", ["accessory", "expression"]), ("sketch", ["expression"])])
 def test_colours_are_not_asked_of_styles_that_have_none(style: str, fields: list[str]) -> None:
     cat = make_case("cat", 0, True).picture.subjects[0].character
     character = Character("cat", cat.identity, {"expression": "smiling", "accessory": "red scarf"})
     picture = Picture("beach", 0, style, (Placed(character, 0.5, 0.8),))
     said = Caption("a cat", ((0, 5),), (frozenset(character.attributes),), True, True)
-    assert sorted(asked(Case(0, picture, said, True), 0)) == fields
+    assert sorted(asked(Case("test", 0, picture, said, True), 0)) == fields

@@ -9,7 +9,7 @@ import json
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity, sample_picture, sample_reference
 from train.storybook.styles import STYLES
 
-GALLERY = 100  # identities among which the right one has to be found
+GALLERY = 100  # identities among which the right one has to be found, or all that a split has
 GALLERY_VIEWS = 4  # renders averaged for each
-FOUND, FOUND_IN_COLOUR = f"{{}} found among {GALLERY}", "{} found, where the style keeps colours"
+FOUND, FOUND_IN_COLOUR = "{} found in the gallery", "{} found, where the style keeps colours"
+LASTING = "{} of the reference, in colour"  # what stays of a subject
 KINDS_OF_SUITE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
     "base": (None,), **{kind: ((kind,),) for kind in KINDS},
     "person + cat": (("person", "cat"), ("cat", "person")), "two people": (("person", "person"),),
@@ -66,8 +67,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of a suite: the picture it describes, its caption, and whether its subjects are personalized."""
+    """One prompt of a suite: the picture it describes, its caption, and whether its subjects are personalized.
 
+    `split`: of the identities: "test", or "validation" to choose settings by.
+    """
+
+    split: str
     index: int
     picture: Picture
     said: Caption
@@ -81,31 +86,36 @@ def placeholders(picture: Picture) -> tuple[str, ...]:
 
 
 @cache
-def gallery_identity(kind: str, number: int) -> dict[str, str]:
-    """Identity `number` of the gallery: unseen in training, all different."""
+def gallery_identities(kind: str, split: str) -> list[dict[str, str]]:
+    """The identities of the gallery, none of them seen in training, all different."""
     rng = random.Random(f"gallery/{kind}")
-    seen: list[dict[str, str]] = []
-    while len(seen) <= number:
-        identity = sample_identity(kind, "test", rng)
-        if identity not in seen:
-            seen.append(identity)
-    return seen[number]
+    drawn: list[dict[str, str]] = []
+    for _ in range(10 * GALLERY):
+        identity = sample_identity(kind, split, rng)
+        if identity not in drawn:
+            drawn.append(identity)
+    return drawn[:GALLERY]
 
 
-def make_case(suite: str, index: int, personalized: bool) -> Case:
+def number_in_gallery(kind: str, split: str, index: int, which: int) -> int:
+    """Who subject `which` of case `index` is: every identity of the gallery has its turn."""
+    return (index + 37 * which) % len(gallery_identities(kind, split))
+
+
+def make_case(suite: str, index: int, personalized: bool, split: str = "test") -> Case:
     """Case `index` of a suite; the same picture and wording with and without personalization."""
     choices = KINDS_OF_SUITE[suite]
     kinds = choices[index % len(choices)]
-    picture = sample_picture("test", index, kinds)
-    if kinds is not None:  # every identity of the gallery in turn
+    picture = sample_picture(split, index, kinds)
+    if kinds is not None:
         characters = [
-            Character(kind, gallery_identity(kind, (index + 37 * which) % GALLERY), placed.character.attributes)
+            Character(kind, gallery_identities(kind, split)[number_in_gallery(kind, split, index, which)], placed.character.attributes)
             for which, (kind, placed) in enumerate(zip(kinds, picture.subjects, strict=True))
         ]
         subjects = tuple(Placed(c, p.x, p.size) for c, p in zip(characters, picture.subjects, strict=True))
         picture = Picture(picture.scene, picture.variant, picture.style, subjects)
     names = placeholders(picture) if personalized else ()
-    return Case(index, picture, caption(picture, random.Random(f"evaluate/{suite}/{index}"), names), personalized)
+    return Case(split, index, picture, caption(picture, random.Random(f"evaluate/{suite}/{index}"), names), personalized)
 
 
 @cache
@@ -114,14 +124,14 @@ def worker_pipeline() -> NestedAttentionPipeline:
     return NestedAttentionPipeline.from_pretrained("storybook")
 
 
-def draw_case(case: Case) -> np.ndarray:
-    """The generated picture `(128, 128, 3)` of a case."""
+def draw_case(case: Case, lam: float | None) -> np.ndarray:
+    """The generated picture `(128, 128, 3)` of a case. `lam`: None for what the adapter says."""
     pipe = worker_pipeline()
     subjects = []
     if case.personalized:
         for which, name in enumerate(placeholders(case.picture)):
-            reference = render(sample_reference(case.picture, which, "test", case.index)).image
-            subjects.append(pipe.encode(case.picture.subjects[which].character.kind, Image.fromarray(reference), name))
+            reference = render(sample_reference(case.picture, which, case.split, case.index)).image
+            subjects.append(pipe.encode(case.picture.subjects[which].character.kind, Image.fromarray(reference), name, lam=lam))
     return np.asarray(pipe(case.said.text, subjects, seed=case.index).images[0])
 
 
@@ -137,15 +147,15 @@ def judged(judge: Judge, images: list[np.ndarray]) -> tuple[np.ndarray, Tensor]:
 
 
 @cache
-def gallery(judge: Judge, kind: str) -> Tensor:
+def gallery(judge: Judge, kind: str, split: str) -> Tensor:
     """Identity embeddings `(100, C)`, each the mean of several renders with other attributes."""
     rng = random.Random(f"gallery views/{kind}")
     images = []
-    for number in range(GALLERY):
+    for identity in gallery_identities(kind, split):
         for _ in range(GALLERY_VIEWS):
-            character = Character(kind, gallery_identity(kind, number), sample_attributes(kind, "test", rng))
+            character = Character(kind, identity, sample_attributes(kind, split, rng))
             images.append(render(Picture(rng.choice(("plain white", "plain blue")), 0, "plain", (Placed(character, 0.5, 0.84),))).image)
-    means = judged(judge, images)[1].unflatten(0, (GALLERY, GALLERY_VIEWS)).mean(1)
+    means = judged(judge, images)[1].unflatten(0, (-1, GALLERY_VIEWS)).mean(1)
     return torch.nn.functional.normalize(means, dim=-1)
 
 
@@ -155,7 +165,7 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
     right: dict[str, list[bool]] = {}
     ceiling: dict[str, list[bool]] = {}
     real = [render(case.picture).image for case in cases]
-    galleries = {kind: gallery(judge, kind) for kind in sorted({k for kinds in KINDS_OF_SUITE[suite] for k in kinds or ()})}
+    galleries = {kind: gallery(judge, kind, cases[0].split) for kind in sorted({k for kinds in KINDS_OF_SUITE[suite] for k in kinds or ()})}
     for made, store in ((images, right), (real, ceiling)):
         whole = judged(judge, made)[0]
         for case, row in zip(cases, whole, strict=True):
@@ -174,11 +184,14 @@ def measure(judge: Judge, suite: str, cases: list[Case], images: list[np.ndarray
                 correct = bool(row[names.index("kind")] == truth[names.index("kind")])
                 present[k] &= correct
                 store.setdefault("kind", []).append(correct)
-                for field in asked(case, which):
+                fields = {field: field for field in asked(case, which)}
+                if case.personalized and STYLES[case.picture.style].keeps_colour:
+                    fields |= {field: LASTING.format(field) for field in KINDS[kind].identity}
+                for field, label in fields.items():
                     column = names.index(f"{kind} {field}")
-                    store.setdefault(field, []).append(bool(row[column] == truth[column]))
+                    store.setdefault(label, []).append(bool(row[column] == truth[column]))
                 if galleries:
-                    number = (case.index + 37 * which) % GALLERY
+                    number = number_in_gallery(kind, case.split, case.index, which)
                     found = int((galleries[kind] @ embedding).argmax()) == number
                     store.setdefault(FOUND.format(kind), []).append(found)
                     if STYLES[case.picture.style].keeps_colour:
@@ -210,17 +223,21 @@ def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
     return Image.fromarray(np.concatenate(rows))
 
 
-def run(suites: dict[str, int], processes: int, sheets: Path | None) -> dict[str, dict[str, dict[str, Score]]]:
+def run(
+    suites: dict[str, int], processes: int, sheets: Path | None = None, split: str = "test", lam: float | None = None
+) -> dict[str, dict[str, dict[str, Score]]]:
     """Suite -> ("base" without subjects, "personalized" with them) -> field -> score."""
     judge = load_judge(ASSETS / "storybook/judge")
+    sizes = ", ".join(f"{len(gallery_identities(kind, split))} of {kind}" for kind in KINDS)
+    print(f"identities of the {split} split; galleries: {sizes}", flush=True)
     results: dict[str, dict[str, dict[str, Score]]] = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for suite, count in suites.items():
             for mode in ("base", "personalized"):
                 if suite == "base" and mode == "personalized":
                     continue
-                cases = [make_case(suite, index, mode == "personalized") for index in range(count)]
-                images = list(pool.map(draw_case, cases, chunksize=4))
+                cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
+                images = list(pool.map(partial(draw_case, lam=lam), cases, chunksize=4))
                 if sheets is not None:
                     sheet(images).save(sheets / f"{suite.replace(' ', '')}-{mode}.jpg", quality=90)
                 scores = measure(judge, suite, cases, images)
@@ -231,7 +248,7 @@ def run(suites: dict[str, int], processes: int, sheets: Path | None) -> dict[str
 
 def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score]) -> None:
     """Prints the scores of a suite, and what the prompt lost in points against the same prompts without a subject."""
-    print(f"\n{suite}, {mode} ({count} prompts; of {GALLERY} chance finds {1 / GALLERY:.0%})", flush=True)
+    print(f"\n{suite}, {mode} ({count} prompts)", flush=True)
     for field, score in scores.items():
         of_prompt = field in base and "found" not in field
         change = f"  against the base {100 * (score.value - base[field].value):+5.1f}" if of_prompt else ""
@@ -244,15 +261,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all scores to this file")
     parser.add_argument("--sheets", type=Path, help="also save the first pictures of every part to this folder, to look at")
     parser.add_argument("--quick", action="store_true", help="few prompts: five minutes on two cores, wide intervals")
+    parser.add_argument("--prompts", type=int, default=512, help="how many of each part")
     parser.add_argument("--only", choices=KINDS_OF_SUITE, nargs="+", help="only these parts, and no waits")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="whose identities; choose settings by validation")
+    parser.add_argument("--lam", type=float, help="length of the subjects' values, if not the adapters' own")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    count = 16 if options.quick else 512
+    count = 16 if options.quick else options.prompts
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
     waits = {} if options.only else visitor_table()
     print("\n".join(f"  {name:40s} {value:6.2f} s" for name, value in waits.items()), flush=True)
-    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, options.sheets)
+    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, options.sheets, options.split, options.lam)
     if options.json:
         plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
         options.json.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
