@@ -1,6 +1,7 @@
 """Training samples for an adapter: a picture with `<kind>` in its caption, and a reference of that subject."""
 
 import random
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
@@ -16,8 +17,10 @@ from train.storybook.kinds import KINDS
 from train.storybook.picture import render
 from train.storybook.sampling import Placed, sample_picture, sample_reference
 from train.storybook.scenes import CANVAS
+from train.storybook.styles import STYLES
 
 ALONE = 0.7  # share of pictures that show nobody else
+RESTYLED = 0.4  # share whose style is any of all: a subject is harder to tell in a sketch than in the plain style of most
 ELSEWHERE = 0.3  # weight of the loss outside the subject's square
 
 
@@ -42,7 +45,10 @@ class PersonalPictures(Dataset):
         rng = random.Random(f"personal/{self.kind}/{self.split}/{index}")
         kinds = [self.kind] if rng.random() < ALONE else rng.sample([self.kind, rng.choice(tuple(KINDS))], 2)
         which = rng.choice([k for k, kind in enumerate(kinds) if kind == self.kind])
-        drawn = render(sample_picture(self.split, index, tuple(kinds)))
+        picture = sample_picture(self.split, index, tuple(kinds))
+        if rng.random() < RESTYLED:
+            picture = replace(picture, style=rng.choice(tuple(STYLES)))
+        drawn = render(picture)
         said = caption(drawn.picture, rng, tuple(f"<{self.kind}>" if k == which else None for k in range(len(kinds))), thorough=0.9)
         filled = fill(said.text, {f"<{self.kind}>": self.kind})
         input_ids, columns = token_mask(filled.text, filled.spans[f"<{self.kind}>"], self.tokenizer, 1)
