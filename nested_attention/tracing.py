@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 THIRDS = (0, 1, 2)
 WATCHED = 10  # cross-attention layers that are looked into at a step
-BLOCK = {"cpu": 1 << 20}  # probabilities that exist at a time: on a CPU so few that they stay in its cache
+BLOCK = {"cpu": 1 << 20}  # by device, probabilities that exist at a time: on a CPU so few that they stay in its cache
+LARGE_BLOCK = 1 << 28  # on other devices, where many small steps cost more than the memory
 Grid = tuple[int, int]
 Key = tuple[Grid, int]  # resolution of the feature map, third of the steps
 
@@ -107,7 +108,7 @@ class Recorder:
 def nested_mean(query: Tensor, subject: LayerSubject) -> Tensor:
     """alpha, the mean over heads, `(B, HW, N)`: some heads and queries at a time, which is faster than all at once."""
     batch, heads, pixels, _ = query.shape
-    block = BLOCK.get(query.device.type, 1 << 28)
+    block = BLOCK.get(query.device.type, LARGE_BLOCK)
     each = max(1, block // (batch * pixels * subject.key.shape[2]))  # heads
     size = max(1, block // (batch * subject.key.shape[2]))  # queries
     total = torch.zeros(batch, pixels, subject.key.shape[2], device=query.device)

@@ -229,7 +229,7 @@ def run(
     """Suite -> ("base" without subjects, "personalized" with them) -> field -> score."""
     judge = load_judge(ASSETS / "storybook/judge")
     sizes = ", ".join(f"{len(gallery_identities(kind, split))} of {kind}" for kind in KINDS)
-    print(f"identities of the {split} split; galleries: {sizes}", flush=True)
+    print(f"identities of the {split} split; galleries, of which chance finds one: {sizes}", flush=True)
     results: dict[str, dict[str, dict[str, Score]]] = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for suite, count in suites.items():
@@ -271,7 +271,8 @@ def main() -> None:
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
     waits = {} if options.only else visitor_table()
-    print("\n".join(f"  {name:40s} {value:6.2f} s" for name, value in waits.items()), flush=True)
+    for name, value in waits.items():
+        print(f"  {name:40s} {value:6.2f} s", flush=True)
     results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, options.sheets, options.split, options.lam)
     if options.json:
         plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}

@@ -150,13 +150,9 @@ def build_slot(pipe: NestedAttentionPipeline, number: int, slot: Slot, is_open: 
                 list(pipe.kinds), value=slot.kind or None, label=f"Subject {number + 1}", scale=2, min_width=100, elem_id=f"kind-{number}"
             )
             framing = gr.Dropdown(
-                framings(slot.kind, found.faces),
-                value=slot.framing,
-                label="Of its pictures",
-                scale=3,
-                min_width=130,
+                framings(slot.kind, found.faces), value=slot.framing, label="Of its pictures", scale=3, min_width=130,
                 elem_id=f"framing-{number}",
-            )
+            )  # fmt: skip
             strength = gr.Slider(
                 0, MAX_STRENGTH, slot.strength, step=0.05, label="Strength", info="0 is an ordinary word", scale=3, min_width=150
             )
