@@ -1,11 +1,13 @@
 """Training on photos with the tiny SDXL: exact resume, several processes as one, cached features, two stages, few photos."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -15,7 +17,6 @@ from safetensors.torch import load_file
 import train.adapter
 from nested_attention import NestedAttentionError, bases, encoding
 from nested_attention.adapters import Adapter
-from nested_attention.bases import BASES
 from tests import photo_run, tiny
 from train.adapter import Job, default_config, read_section
 from train.loop import Share, fit
@@ -59,7 +60,7 @@ def difference(one: Path, other: Path) -> float:
 @pytest.fixture(scope="module")
 def whole(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    fit(photo_run.task(photos), photo_run.loop(6), out, {})
+    fit(photo_run.task(photos), photo_run.loop(6, accumulation=2), out, {})
     return out
 
 
@@ -75,20 +76,23 @@ def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(photos: str, tmp_path: P
         assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("how", ["each a copy", "shard"])
-def test_two_processes_do_what_one_does(photos: str, whole: Path, tmp_path: Path, how: str) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.photo_run"]  # fmt: skip
-    shard = ["shard"] if how == "shard" else []
-    for steps in ("3", "6") if shard else ("6",):  # sharded: stopped and resumed
-        command = [*launch, photos, str(tmp_path / "two"), steps, "1", *shard]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("config", ["ddp", "fsdp"])
+def test_two_processes_do_what_one_does(photos: str, whole: Path, tmp_path: Path, config: str) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"train/configs/accelerate/{config}.yaml",
+              "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.photo_run"]  # fmt: skip
+    done = subprocess.run(
+        [*launch, photos, str(tmp_path / "two"), "3", "6"], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = json.loads((tmp_path / "two/config.json").read_text())
+    assert (made["processes"], made["sharded"]) == (2, config == "fsdp")
     assert difference(whole, tmp_path / "two") < 1e-5
     held_out = [
         [json.loads(line).get("held_out") for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, tmp_path / "two")
     ]
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
+    grids = [np.asarray(Image.open(run / "grids/000006.png")).astype(int) for run in (whole, tmp_path / "two")]
+    assert abs(grids[0] - grids[1]).max() <= 2
 
 
 def test_accumulated_batches_differ_only_in_their_buckets(photos: str, tmp_path: Path) -> None:
@@ -170,8 +174,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job(parts: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """Two stages of two steps on photos; its pictures are small and drawn in one step."""
-    small = replace(BASES["sdxl"], size=32, sizes=(16, 64, 8), steps=1)
-    monkeypatch.setitem(bases.ARCHITECTURES, "StableDiffusionXLPipeline", small)
+    monkeypatch.setitem(bases.ARCHITECTURES, "StableDiffusionXLPipeline", photo_run.SMALL)
     loop = {"steps": 2, "batch_size": 2, "muon_lr": 0.0, "mixed_precision": "no", "workers": 0, "log_every": 1}
     config = {
         "image_encoder": str(parts / "vision"), "framing": "face", "value_norm": "full", "lam": 1.0, "licence": "MIT",
@@ -241,7 +244,7 @@ def test_every_base_of_sdxls_architecture_has_a_config(parts: Path) -> None:
     assert all("resolution" in stage for stage in read_section(default_config("sdxl"))["stages"])
 
 
-@pytest.mark.parametrize("name", ["ddp", "multinode"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "multinode"])
 def test_accelerate_reads_the_launch_configs(name: str) -> None:
     path = train.adapter.CONFIGS / f"accelerate/{name}.yaml"
     config = load_config_from_file(str(path))

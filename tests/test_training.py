@@ -17,7 +17,7 @@ from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
 from train.base import Routing, TextToImage, alignment_loss, routing_loss
 from train.keys import KeysLesson, KeysTask, tile_shares
-from train.loop import LoopConfig, Share, fit, iterate
+from train.loop import LoopConfig, Share, check, fit, iterate
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
 from train.personalizer import Personalizer, StorybookTask
@@ -112,13 +112,17 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
     ("changes", "words"),
     [
         ({"batch_size": 3, "accumulation": 2}, "a batch of 3 cannot be divided into 2 equal parts"),
-        ({"shard": True, "muon_lr": 1e-3}, "Muon needs whole matrices"),
         ({"mixed_precision": "fp16"}, "mixed_precision 'fp16' needs gradients that are scaled.*; use 'bf16' or 'no'"),
     ],
 )
 def test_settings_that_cannot_be_are_said(tmp_path: Path, changes: dict, words: str) -> None:
     with pytest.raises(NestedAttentionError, match=words):
         fit(task(), replace(LOOP, **changes), tmp_path, {})
+
+
+def test_a_model_that_is_divided_is_not_for_muon() -> None:
+    with pytest.raises(NestedAttentionError, match="Muon needs whole matrices"):
+        check(replace(LOOP, muon_lr=1e-3), processes=2, sharded=True)
 
 
 def test_a_run_behind_another_sees_what_comes_next() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights, save_adapter
@@ -35,6 +34,7 @@ from train.photos.cache import FeatureCache
 from train.photos.sample import Source
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
+from train.processes import this_process
 from train.storybook.kinds import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -55,7 +55,7 @@ class Job:
 
     def model(self) -> tuple[Personalizer, NestedAttentionPipeline]:
         """Base, image encoder and a fresh adapter, or the one to start from."""
-        config, device = self.config, PartialState().device
+        config, device = self.config, this_process().device
         dtype = getattr(torch, config.get("frozen", "float32"))
         preset, stock = load_base(self.base, dtype)
         if config.get("checkpointing"):
@@ -116,7 +116,7 @@ class Job:
     def run(self) -> Path:
         """Trains stage after stage; returns the folder of the finished adapter."""
         photos = self.photos()  # before the base is fetched, which takes longest
-        state, learned = PartialState(), None
+        state, learned = this_process(), None
         for number, stage in enumerate(stages := self.config["stages"], 1):
             folder = self.out if number == len(stages) else self.out / f"stage-{number}"
             torch.manual_seed(0)
@@ -132,6 +132,7 @@ class Job:
         assert learned is not None
         if state.is_main_process:
             save_adapter(self.out / "adapter", model.adapter.config, {name.removeprefix("adapter."): learned[name] for name in learned})
+        state.destroy_process_group()
         return self.out / "adapter"
 
 
@@ -177,7 +178,7 @@ def main() -> None:
     with spoken_at_exit():
         config = read_section(options.config or default_config(options.base))
         folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
-    print(f"the adapter is in {folder}")
+    this_process().print(f"the adapter is in {folder}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from nested_attention.errors import NestedAttentionError
 from nested_attention.loading import computes_bfloat16
 from train.optim import build_optimizers
-from train.sharding import shard, synchronize
+from train.processes import asked_to_shard, shard, synchronize, this_process
 from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
 
 Batch = dict[str, Tensor]
@@ -40,8 +40,7 @@ class LoopConfig:
     Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
     `muon_lr` 0 leaves everything to AdamW; `white_lr` is AdamW's rate where a task gives white coordinates. `behind`: steps
     of earlier runs that this one goes on from with `--init`; its samples begin behind theirs. `mixed_precision`
-    is "bf16" or "no"; without it bfloat16 is used where the device computes in it. `shard`: the processes divide the model
-    instead of holding a copy each.
+    is "bf16" or "no"; without it bfloat16 is used where the device computes in it.
     """
 
     steps: int
@@ -63,7 +62,6 @@ class LoopConfig:
     grid_every: int = 200
     held_out_every: int = 0
     tensorboard: bool = False
-    shard: bool = False
     not_muon: tuple[str, ...] = ()
 
     def rate(self, step: int) -> float:
@@ -127,12 +125,12 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
         NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot.
         FloatingPointError: the loss is no longer finite.
     """
-    check(config, PartialState().num_processes)
-    precision = config.mixed_precision or ("bf16" if computes_bfloat16(PartialState().device) else "no")
+    sharded = asked_to_shard()
+    check(config, this_process().num_processes, sharded)
+    precision = config.mixed_precision or ("bf16" if computes_bfloat16(this_process().device) else "no")
     accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
     processes, device = accelerator.num_processes, accelerator.device
     model = task.model.to(device)
-    sharded = config.shard and processes > 1
     if sharded:
         shard(model, task.units(), device, processes)
     optimizers = build_optimizers(model, config.lr, config.muon_lr, config.not_muon, task.white(), config.white_lr)
@@ -150,7 +148,8 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     forward = torch.compile(prepared) if config.compile else prepared
     if accelerator.is_main_process:
         (folder / "grids").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"loop": asdict(config), **description}, indent=2))
+        made = {"loop": asdict(config), "processes": processes, "sharded": sharded, **description}
+        (folder / "config.json").write_text(json.dumps(made, indent=2))
     accelerator.init_trackers("")
 
     def save() -> None:
@@ -210,11 +209,12 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
             saved = time.monotonic()
         if not math.isfinite(line.get("loss", 0.0)):
             raise FloatingPointError(f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return {name: whole(value) for name, value in average.tensors.items()}
 
 
-def check(config: LoopConfig, processes: int) -> None:
+def check(config: LoopConfig, processes: int, sharded: bool) -> None:
     """Whether a run with these settings can be.
 
     Raises:
@@ -225,7 +225,7 @@ def check(config: LoopConfig, processes: int) -> None:
         raise NestedAttentionError(
             f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation."
         )
-    if config.shard and config.muon_lr:
+    if sharded and config.muon_lr:
         raise NestedAttentionError("Muon needs whole matrices, which no process has in a sharded run; set muon_lr to 0.")
     if config.mixed_precision not in (None, "no", "bf16"):
         raise NestedAttentionError(

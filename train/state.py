@@ -1,6 +1,6 @@
 """The state of a run: what learns, its moving average, and the optimizers' moments; on disk as safetensors.
 
-A run may be divided over processes (`train.sharding`); on disk everything is whole, so that any number of processes can
+A run may be divided over processes (`train.processes`); on disk everything is whole, so that any number of processes can
 go on with it.
 """
 
@@ -44,8 +44,13 @@ class Average:
     """The moving average of what learns."""
 
     def __init__(self, model: nn.Module):
-        self.current = {name: parameter.data for name, parameter in learning(model).items()}
+        self.model = model
         self.tensors = {name: value.clone() for name, value in self.current.items()}
+
+    @property
+    def current(self) -> dict[str, Tensor]:
+        """The weights themselves; asked for anew each time, since a model that several processes train moves to other memory."""
+        return {name: parameter.data for name, parameter in learning(self.model).items()}
 
     def update(self, decay: float) -> None:
         torch._foreach_lerp_(list(self.tensors.values()), list(self.current.values()), 1 - decay)

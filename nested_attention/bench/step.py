@@ -3,6 +3,7 @@
 import ctypes
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def step_table(scale: str, repeats: int, only: list[str] | None) -> dict[str, di
                 taken[name].append(step_seconds)
                 peaks[name] = max(peaks.get(name, 0.0), peak)
             del step
+        print(f"  round {round_number} of {repeats}{'' if round_number else ', a warm-up'}", file=sys.stderr, flush=True)
     return {
         name: {
             "seconds": statistics.median(times),

@@ -7,7 +7,6 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -25,6 +24,7 @@ from train.photos.cache import FeatureCache
 from train.photos.dataset import PhotoDataset
 from train.photos.part import Part
 from train.photos.sample import Source
+from train.processes import this_process
 
 EVERY = 25  # of so many photos one is held out, at most HELD_OUT
 HELD_OUT = 64
@@ -99,7 +99,7 @@ class PhotoTask(AdapterTask):
             )
             if not numbers:
                 raise NestedAttentionError(f"{said}; name it earlier.")
-            PartialState().print(said)
+            this_process().print(said)
         return numbers
 
     def photos(self, part: Part) -> PhotoDataset:

@@ -1,12 +1,28 @@
-"""A model that is too large for every process to hold: divided over them by torch's FSDP2.
+"""The processes of a run, and a model that is too large for each to hold: divided over them by torch's FSDP2.
 
 Each unit is gathered when it runs and divided again afterwards, so that a GPU holds its share of everything and one unit.
+accelerate's launcher says whether to; its plugin for FSDP is not used, for it saves what is frozen too, in a form of its own.
 """
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from nested_attention.encoder import QFormer
+from nested_attention.loading import best_device
+
+
+def this_process() -> PartialState:
+    """Which of the run's processes this is. Where there is no GPU, accelerate connects them only if told that they are on a CPU."""
+    return PartialState(cpu=best_device().type == "cpu")
+
+
+def asked_to_shard() -> bool:
+    """Whether the run was launched with `distributed_type: FSDP` (`train/configs/accelerate/fsdp.yaml`), over several processes."""
+    return this_process().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def shard(model: nn.Module, units: list[nn.Module], device: torch.device, processes: int) -> None:
@@ -16,6 +32,8 @@ def shard(model: nn.Module, units: list[nn.Module], device: torch.device, proces
     whole = {parameter for parameter in model.parameters() if parameter not in divided}
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        if isinstance(unit, QFormer):
+            register_fsdp_forward_method(unit, "reading")
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
