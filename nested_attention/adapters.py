@@ -24,7 +24,8 @@ from nested_attention.files import replaced
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 Framing = Literal["whole", "face"]
-LayerKV = dict[str, tuple[Tensor, Tensor]]  # layer name -> nested keys and values, each (B, heads, N, d)
+LayerKeyValue = tuple[Tensor, Tensor]  # nested keys and values of a layer, each (B, heads, N, d)
+LayerKV = dict[str, LayerKeyValue]  # by layer name
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class NestedLayer(nn.Module):
         return copy
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`."""
-        key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_k(tokens), self.to_v(tokens)))
+        """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`, laid out as attention reads them at every step."""
+        projected = self.to_k(tokens), self.to_v(tokens)
+        key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous() for x in projected)
         return key, value
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
+import transformers
 from huggingface_hub import constants
 
 
@@ -25,9 +27,16 @@ class Cancelled(Exception):
     """The person asked to stop; nothing was wrong."""
 
 
+def quiet_libraries() -> None:
+    """For commands: no warnings about what is as it should be, such as an image processor without torchvision."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+
+
 @contextmanager
 def spoken_at_exit() -> Iterator[None]:
     """For commands: what cannot be used ends them with its sentence on the terminal, without a traceback."""
+    quiet_libraries()
     try:
         yield
     except NestedAttentionError as error:

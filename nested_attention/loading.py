@@ -107,7 +107,7 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
         preset = replace(architecture, **own)
     try:
         stock = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant_of(preset, folder),
+            folder, dtype=dtype, variant=variant_of(preset, folder),
             trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

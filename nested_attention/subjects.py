@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nested_attention.adapters import LayerKV
+from nested_attention.adapters import LayerKeyValue, LayerKV
 from nested_attention.attention import LayerSubject, ValueNorm
 from nested_attention.errors import NestedAttentionError
 
@@ -88,12 +88,16 @@ class Subject:
         if self.muted:
             answering = torch.tensor([k not in self.muted for k in range(self.num_tokens)], device=columns.device)
         return {
-            name: LayerSubject(
-                columns, torch.cat([image.layers[name][0] for image in self.images], 2),
-                torch.cat([image.layers[name][1] for image in self.images], 2), strength, lam, weight, self.value_norm, answering,
-            )
+            name: LayerSubject(columns, *self.keys_and_values(name), strength, lam, weight, self.value_norm, answering)
             for name in self.images[0].layers
-        }  # fmt: skip
+        }
+
+    def keys_and_values(self, layer: str) -> LayerKeyValue:
+        """Of all pictures; those of a single one are the cached tensors themselves, which for SDXL are hundreds of megabytes."""
+        if len(self.images) == 1:
+            return self.images[0].layers[layer]
+        keys, values = zip(*(image.layers[layer] for image in self.images), strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 class SubjectCache:

@@ -120,6 +120,8 @@ def test_second_use_of_a_picture_encodes_and_projects_nothing(pipe: NestedAttent
         hook.remove()
     assert once == 1 + len(pipe.adapters["person"].layers)
     assert len(calls) == once and second.images == first.images
+    one, two = (subject.layer_subjects(torch.zeros(1, 4)) for subject in (first, second))
+    assert all(one[name].key is two[name].key and one[name].key.is_contiguous() for name in one)  # nothing is copied for a request
 
 
 def test_cache_forgets_the_least_recently_used(pipe: NestedAttentionPipeline) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
 from nested_attention.bench.visitor import visitor_table
+from nested_attention.errors import quiet_libraries
 from train.judge import Judge, load_judge
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
@@ -121,6 +122,7 @@ def make_case(suite: str, index: int, personalized: bool, split: str = "test") -
 @cache
 def worker_pipeline() -> NestedAttentionPipeline:
     torch.set_num_threads(1)
+    quiet_libraries()
     return NestedAttentionPipeline.from_pretrained("storybook")
 
 
