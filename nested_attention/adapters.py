@@ -24,8 +24,8 @@ from nested_attention.files import replaced
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 Framing = Literal["whole", "face"]
-LayerKeyValue = tuple[Tensor, Tensor]  # nested keys and values of a layer, each (B, heads, N, d)
-LayerKV = dict[str, LayerKeyValue]  # by layer name
+KeyValue = tuple[Tensor, Tensor]  # nested keys and values of a layer, each (B, heads, N, d)
+LayerKV = dict[str, KeyValue]  # by layer name
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class NestedLayer(nn.Module):
         copy.weight.data.copy_(own.weight)
         return copy
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> KeyValue:
         """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`, laid out as attention reads them at every step."""
         projected = self.to_k(tokens), self.to_v(tokens)
         key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous() for x in projected)

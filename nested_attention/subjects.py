@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nested_attention.adapters import LayerKeyValue, LayerKV
+from nested_attention.adapters import KeyValue, LayerKV
 from nested_attention.attention import LayerSubject, ValueNorm
 from nested_attention.errors import NestedAttentionError
 
@@ -92,7 +92,7 @@ class Subject:
             for name in self.images[0].layers
         }
 
-    def keys_and_values(self, layer: str) -> LayerKeyValue:
+    def keys_and_values(self, layer: str) -> KeyValue:
         """Of all pictures; those of a single one are the cached tensors themselves, which for SDXL are hundreds of megabytes."""
         if len(self.images) == 1:
             return self.images[0].layers[layer]

@@ -44,13 +44,13 @@ class Average:
     """The moving average of what learns."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.parameters = learning(model)
         self.tensors = {name: value.clone() for name, value in self.current.items()}
 
     @property
     def current(self) -> dict[str, Tensor]:
-        """The weights themselves; asked for anew each time, since a model that several processes train moves to other memory."""
-        return {name: parameter.data for name, parameter in learning(self.model).items()}
+        """The weights themselves, wherever they lie now: a model that several processes train moves to other memory."""
+        return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def update(self, decay: float) -> None:
         torch._foreach_lerp_(list(self.tensors.values()), list(self.current.values()), 1 - decay)
