@@ -5,6 +5,7 @@ object around the shared modules, and carries its subjects in `cross_attention_k
 """
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -85,7 +86,7 @@ class NestedAttentionPipeline:
         free = free_gigabytes(target)
         pipe = cls(preset, stock, adapters, folders, target, choose(preset, free, target, stock.unet.dtype))
         LADDER[pipe.rung].place(stock, target)
-        print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}")
+        print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}", file=sys.stderr)
         return pipe
 
     @property
@@ -218,7 +219,7 @@ class NestedAttentionPipeline:
     def _step_down(self, condition: NestedCondition) -> NestedCondition:
         """To the next rung of the ladder, once, for good; the request goes on with its own condition changed."""
         self.rung += 1
-        print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}")
+        print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}", file=sys.stderr)
         torch.cuda.empty_cache()
         self.stock.remove_all_hooks()
         self.stock.to("cpu")

@@ -113,7 +113,7 @@ def test_one_step_down_saves_the_request(monkeypatch: pytest.MonkeyPatch, capsys
     short_of_memory(pipe, monkeypatch, 1)
     with trace(pipe) as maps:
         found = pipe("<cat> on the beach", [subject], seed=3).images[0]
-    assert pipe.rung == 1 and "out of memory; from now on" in capsys.readouterr().out
+    assert pipe.rung == 1 and "out of memory; from now on" in capsys.readouterr().err
     difference = torch.tensor(list(expected.tobytes()), dtype=torch.float) - torch.tensor(list(found.tobytes()), dtype=torch.float)
     assert difference.abs().max() <= 2
     torch.testing.assert_close(maps.subject("<cat>").outer(), whole.subject("<cat>").outer(), atol=1e-4, rtol=1e-3)

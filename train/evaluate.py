@@ -7,6 +7,7 @@ every number stands what the judge says of real renders of the same scenes ("ren
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
-from nested_attention.bench.visitor import visitor_table
-from nested_attention.errors import quiet_libraries
+from nested_attention.bench.visitor import REPEATS, visitor_table
+from nested_attention.errors import quiet_libraries, spoken_at_exit
 from train.judge import Judge, load_judge
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
@@ -227,8 +228,8 @@ def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
 
 def run(
     suites: dict[str, int], processes: int, sheets: Path | None = None, split: str = "test", lam: float | None = None
-) -> dict[str, dict[str, dict[str, Score]]]:
-    """Suite -> ("base" without subjects, "personalized" with them) -> field -> score."""
+) -> Iterator[dict[str, dict[str, dict[str, Score]]]]:
+    """Suite -> ("base" without subjects, "personalized" with them) -> field -> score; as far as known, after every part."""
     judge = load_judge(ASSETS / "storybook/judge")
     sizes = ", ".join(f"{len(gallery_identities(kind, split))} of {kind}" for kind in KINDS)
     print(f"identities of the {split} split; galleries, of which chance finds one: {sizes}", flush=True)
@@ -245,7 +246,7 @@ def run(
                 scores = measure(judge, suite, cases, images)
                 results.setdefault(suite, {})[mode] = scores
                 report(suite, mode, count, scores, results[suite].get("base", {}) if mode == "personalized" else {})
-    return results
+                yield results
 
 
 def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score]) -> None:
@@ -269,17 +270,19 @@ def main() -> None:
     parser.add_argument("--lam", type=float, help="length of the subjects' values, if not the adapters' own")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    count = 16 if options.quick else options.prompts
+    count, repeats = (10, 1) if options.quick else (options.prompts, REPEATS)
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
-    waits = {} if options.only else visitor_table()
+    waits = {} if options.only else visitor_table(NestedAttentionPipeline.from_pretrained("storybook"), repeats)
     for name, value in waits.items():
         print(f"  {name:40s} {value:6.2f} s", flush=True)
-    results = run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, options.sheets, options.split, options.lam)
-    if options.json:
-        plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
-        options.json.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
+    suites = dict.fromkeys(options.only or KINDS_OF_SUITE, count)
+    for results in run(suites, options.processes, options.sheets, options.split, options.lam):
+        if options.json:
+            plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
+            options.json.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

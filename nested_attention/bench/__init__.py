@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from nested_attention import NestedAttentionPipeline
 from nested_attention.bench.step import SCALES, step_table
 from nested_attention.bench.visitor import visitor_table
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     report: dict = {"scale": options.scale, "device": device_name(), "torch": torch.__version__}
     print(f"{options.scale} on {report['device']}, torch {torch.__version__}")
     if options.scale == "storybook":
-        report["seconds"] = visitor_table()
+        report["seconds"] = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"))
         for name, value in report["seconds"].items():
             print(f"  {name:36s} {value:8.3f} s")
     report["step"] = step_table(options.scale, options.repeats, options.only)

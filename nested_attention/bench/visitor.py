@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ REPEATS = 5
 LOAD = "import time; t = time.perf_counter(); from nested_attention import NestedAttentionPipeline as P; P.from_pretrained(); print(time.perf_counter() - t)"
 
 
-def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """The median duration of `work` after one warm-up."""
     work()
     taken = []
@@ -26,14 +27,15 @@ def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     return statistics.median(taken)
 
 
-def visitor_table() -> dict[str, float]:
-    """Medians in seconds, by what is waited for."""
-    out = {
-        "import and load": float(
-            subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD], capture_output=True, text=True, check=True).stdout
-        )
-    }
-    pipe = NestedAttentionPipeline.from_pretrained("storybook")
+def load_seconds() -> float:
+    """From nothing imported to a loaded Storybook, in a process of its own."""
+    return float(subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD], capture_output=True, text=True, check=True).stdout)
+
+
+def visitor_table(pipe: NestedAttentionPipeline, repeats: int = REPEATS) -> dict[str, float]:
+    """Medians in seconds with a loaded `pipe`, by what is waited for; and once, what loading Storybook takes."""
+    out = {"import and load": load_seconds()}
+    seconds = partial(median_seconds, repeats=repeats)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     kind = pipe.kinds[0]
     out["encode one picture"] = seconds(lambda: pipe.encode(kind, picture, cache=SubjectCache()))
@@ -49,5 +51,5 @@ def visitor_table() -> dict[str, float]:
     out[f"one picture, fast ({fast} steps)"] = seconds(lambda: pipe(prompt, [subject], steps=fast))
     out["one picture without a subject"] = seconds(lambda: pipe(f"a drawing of a {kind} in the snow"))
     out["one picture, traced"] = seconds(traced)
-    out["four pictures"] = seconds(lambda: pipe(prompt, [subject], num_images=4), 2)
+    out["four pictures"] = seconds(lambda: pipe(prompt, [subject], num_images=4))
     return out
