@@ -1,6 +1,10 @@
 """Launches the app: `python app.py`. A Hugging Face Space runs the same file."""
 
 import argparse
+from contextlib import suppress
+
+with suppress(ModuleNotFoundError):
+    import spaces  # noqa: F401  # a Space on ZeroGPU has it; it has to come before torch, see `ui.gpu`
 
 import gradio as gr
 
@@ -21,10 +25,15 @@ def main() -> None:
     options = parser.parse_args()
     with spoken_at_exit():
         pipe = NestedAttentionPipeline.from_pretrained(options.base, options.adapter, options.device)
-    page = build_app(Studio(pipe, options.adapter))
+    launch(Studio(pipe, options.adapter), options.port, options.share)
+
+
+def launch(studio: Studio, port: int | None, share: bool = False) -> None:
+    """Serves the page until the process ends."""
+    page = build_app(studio)
     page.queue(max_size=20, default_concurrency_limit=2)
     page.launch(
-        theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=options.port, share=options.share, max_file_size="40mb",
+        theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=port, share=share, max_file_size="40mb",
         show_error=True, footer_links=["api", "settings"], allowed_paths=[str(FOLDER)],
     )  # fmt: skip
 

@@ -108,13 +108,13 @@ class Adapter(nn.Module):
         self.names = tuple(layers)
         self.qformer = QFormer(config.qformer)
         self.layers = nn.ModuleList(NestedLayer(attention) for attention in layers.values())
-        self.revision = ""  # content hash of the weights file, once loaded
+        self.revision = ""  # content hash of its two files, once loaded
 
     def project(self, tokens: Tensor) -> LayerKV:
         """Subject tokens `(B, N, C)` -> keys and values of every layer. They do not depend on the step."""
         return {name: layer(tokens) for name, layer in zip(self.names, self.layers, strict=True)}
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    def save(self, folder: Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Writes the folder, see `save_adapter`."""
         save_adapter(folder, self.config, self.state_dict(), dtype)
 
@@ -137,12 +137,12 @@ class Adapter(nn.Module):
                 f"(needed {wanted.get(wrong[0])}, found {found.get(wrong[0])}); it was made for the base {adapter.config.base!r}."
             )
         adapter.load_state_dict(tensors)
-        adapter.revision = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        adapter.revision = hashlib.sha256((folder / CONFIG).read_bytes() + path.read_bytes()).hexdigest()[:16]
         return adapter.to(unet.device, unet.dtype).eval().requires_grad_(False)
 
 
-def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
-    """Writes an adapter folder; what breaks a save leaves the old one whole.
+def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float16) -> None:
+    """Writes an adapter folder; what breaks a save leaves the old one whole. `dtype`: None for what every tensor has.
 
     Raises:
         NestedAttentionError: it cannot be written.
@@ -154,16 +154,28 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tens
 
 
 def read_config(folder: Path) -> AdapterConfig:
+    """The config of an adapter folder.
+
+    Raises:
+        NestedAttentionError: it is missing, damaged, or of something else.
+    """
     path = folder / CONFIG
     try:
         return AdapterConfig.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; {get_back(folder)}.") from error
-    except (ValueError, TypeError, KeyError) as error:
+        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; name the folder or repo of one.") from error
+    except (TypeError, KeyError) as error:
+        raise NestedAttentionError(f"{path} is not the config of an adapter ({error}); name the folder or repo of one.") from error
+    except ValueError as error:
         raise NestedAttentionError(f"{path} is damaged ({error}); {get_back(path)}.") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        NestedAttentionError: it is missing or damaged.
+    """
     try:
         return load_file(path)
     except FileNotFoundError as error:

@@ -112,6 +112,16 @@ BASES |= {  # the same bases in few steps
         ),
     )
 }  # fmt: skip
+CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+UNETS: dict[str, dict] = {  # settings of the U-Nets whose weights may not be here
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", CROSS[0], CROSS[0]), "up_block_types": (CROSS[1], CROSS[1], "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}  # fmt: skip
 ARCHITECTURES = {"StableDiffusionPipeline": BASES["sd15"], "StableDiffusionXLPipeline": BASES["sdxl"]}
 
 
@@ -155,6 +165,11 @@ def of_architecture(name: str, index: Path) -> Base:
             "Choose a model of one of these."
         )
     return ARCHITECTURES[found]
+
+
+def unet_settings(name: str) -> dict:
+    """What diffusers builds the U-Net of `storybook`, `sd15` or `sdxl` from, without its weights."""
+    return UNETS[name] if name in UNETS else json.loads((Path(BASES[name].source) / "unet/config.json").read_text())
 
 
 def parts(index: Path) -> list[str]:

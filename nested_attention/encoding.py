@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, P
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.encoder import ImageConfig, image_features
 from nested_attention.errors import NestedAttentionError, get_back
+from nested_attention.files import first_damaged
 from nested_attention.hub import fetch, is_repo
 from nested_attention.images import padded_square
 from nested_attention.subjects import EncodedImage, Subject, SubjectCache
@@ -51,7 +52,8 @@ class ImageEncoders:
                 try:
                     encoder = load_image_encoder(path)
                 except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                    raise NestedAttentionError(f"the image encoder {path} cannot be loaded ({error}); {get_back(path)}.") from error
+                    broken = first_damaged(path) or path
+                    raise NestedAttentionError(f"the image encoder {broken} cannot be loaded ({error}); {get_back(broken)}.") from error
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
 

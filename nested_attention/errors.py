@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
-import transformers
 from huggingface_hub import constants
+
+SHIPPED = Path(__file__).parent.parent / "assets"
 
 
 class NestedAttentionError(ValueError):
@@ -20,7 +20,9 @@ def get_back(path: object) -> str:
     for folder in (here, *here.parents):
         if folder.name.startswith("models--") or folder.parent == ours:  # so the Hub's cache calls a repo's folder
             return f"delete {folder} and start again, so that it is downloaded anew"
-    return f"get it back with `git checkout -- {path}` or download it again"
+    if SHIPPED.resolve() in here.resolve().parents:
+        return f"get it back with `git checkout -- {path}`"
+    return "put back a whole copy, or download or make it again"
 
 
 class Cancelled(Exception):
@@ -29,6 +31,9 @@ class Cancelled(Exception):
 
 def quiet_libraries() -> None:
     """For commands: no warnings about what is as it should be, such as an image processor without torchvision."""
+    import diffusers  # here, because everything imports this file for its errors, also what needs neither
+    import transformers
+
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
 

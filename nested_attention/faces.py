@@ -1,11 +1,12 @@
 """Finding the subject in a photo and framing it as adapters for photos expect.
 
 The released weights know faces aligned as in FFHQ: eyes level, at one height and size in a square. Where insightface's
-models are (or may be fetched), five points give exactly that. Otherwise OpenCV's cascades find frontal faces of people
+models are, five points give exactly that. Otherwise OpenCV's cascades find frontal faces of people
 and cats, and a margin imitates the framing. Otherwise the whole picture is used. Which of these it was is always said.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -50,18 +51,17 @@ class Face:
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
-def find_faces(image: Image.Image, kind: str, may_download: bool = False) -> list[Face]:
+def find_faces(image: Image.Image, kind: str) -> list[Face]:
     """The faces of people, cats or pets in an RGB picture, the largest first; empty for other kinds and where there is none.
 
-    Of pets only cats' faces can be found.
+    Of pets only cats' faces can be found. Nothing is fetched: `insightface_analysis` does that once, when asked to.
 
-    `may_download`: insightface's models may be fetched if they are not there.
+    Raises:
+        NestedAttentionError: insightface's models are there, but damaged.
     """
     if kind not in SEARCHES:
         return []
-    faces = insightface_faces(image) if kind == "person" and (insightface_ready() or may_download) else None
-    if faces is None:
-        faces = cascade_faces(image, kind)
+    faces = insightface_faces(image) if kind == "person" and insightface_ready() else cascade_faces(image, kind)
     return sorted(faces, key=lambda face: -face.area)
 
 
@@ -99,7 +99,7 @@ class Framed:
     faces: int
 
 
-def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0, 0.0, 1.0, 1.0), may_download: bool = False) -> Framed:
+def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0, 0.0, 1.0, 1.0)) -> Framed:
     """Frames the subject of an RGB picture.
 
     Args:
@@ -107,13 +107,13 @@ def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0,
             Where no such face is found the whole picture is used, and `said` tells.
 
     Raises:
-        NestedAttentionError: the crop is empty or lies outside.
+        NestedAttentionError: the crop is empty or lies outside; insightface's models are damaged.
     """
     if choice == "whole":
         return Framed(image, SAID["whole"], 0)
     if choice == "crop":
         return Framed(cropped(image, crop), SAID["crop"], 0)
-    faces = find_faces(image, kind, may_download)
+    faces = find_faces(image, kind)
     which = int(choice.removeprefix("face") or 1) - 1
     if which >= len(faces):
         found = f"only {len(faces)} found" if faces else "no face was found"
@@ -136,10 +136,10 @@ def insightface_ready() -> bool:
 
 @cache
 def insightface_analysis() -> Any:
-    """insightface's detector.
+    """insightface's detector. Its models are fetched if they are not there.
 
     Raises:
-        NestedAttentionError: the package or its models are missing and cannot be fetched.
+        NestedAttentionError: they cannot be fetched, or are damaged; or the package is missing.
     """
     try:
         from insightface.app import FaceAnalysis
@@ -147,19 +147,24 @@ def insightface_analysis() -> Any:
         analysis = FaceAnalysis("buffalo_l", root=str(insightface_folder().parents[1]), allowed_modules=["detection"])
         analysis.prepare(ctx_id=0, det_size=(640, 640))
     except Exception as error:  # the package raises whatever its downloader and onnxruntime raise
+        if insightface_ready():
+            raise NestedAttentionError(
+                f"insightface's models are damaged ({error}); delete {insightface_folder()}, or choose another way to frame the face."
+            ) from error
+        shutil.rmtree(insightface_folder(), ignore_errors=True)  # where there is such a folder, the package fetches nothing any more
         raise NestedAttentionError(
             f"insightface's models cannot be had ({error}); connect to the internet, or choose another way to frame the face."
         ) from error
     return analysis
 
 
-def insightface_faces(image: Image.Image) -> list[Face] | None:
-    """Faces with five points, or None if the models cannot be had."""
-    try:
-        analysis = insightface_analysis()
-    except NestedAttentionError:
-        return None
-    found = analysis.get(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+def insightface_faces(image: Image.Image) -> list[Face]:
+    """Faces with five points.
+
+    Raises:
+        NestedAttentionError: see `insightface_analysis`.
+    """
+    found = insightface_analysis().get(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
     out = []
     for face in found:
         left, top, right, bottom = map(float, face.bbox)

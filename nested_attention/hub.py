@@ -1,13 +1,14 @@
 """The Hugging Face Hub: every repo at one fixed commit, and errors as sentences.
 
-A repo whose commit is not in a preset is resolved once; the commit is recorded in `revisions.json` in the Hub cache and
-used from then on. Delete the entry to follow the repo again.
+A repo whose commit is not given, or only by the name of a branch or tag, is resolved once; the commit is recorded in
+`revisions.json` in the Hub cache and used from then on. Delete the entry to follow the repo again.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from errno import ENOSPC
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -25,6 +26,8 @@ from huggingface_hub.utils import validate_repo_id
 from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NO_ROOM = ENOSPC, EDQUOT, EFBIG  # the disk is full, one's share of it is, the file system takes no file of this size
 AFTER_REFUSAL = {
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that is valid",
     403: "log in with `hf auth login` with a token that may do this (for a push: write there), from https://huggingface.co/settings/tokens",
@@ -46,7 +49,7 @@ def record_file() -> Path:
 
 
 def recorded_commits() -> dict[str, str]:
-    """Repo -> commit, as recorded.
+    """Repo, or repo@branch -> commit, as recorded.
 
     Raises:
         NestedAttentionError: the file is damaged.
@@ -60,25 +63,30 @@ def recorded_commits() -> dict[str, str]:
         ) from error
 
 
-def commit_of(repo: str, local: bool = False) -> str:
-    """The recorded commit of `repo`; at the first time the newest one, which is then recorded. `local`: nobody is asked.
+def commit_of(repo: str, revision: str | None = None, local: bool = False) -> str:
+    """`revision` if it is a commit; else the recorded commit of `repo`, or of its branch or tag `revision`.
+
+    At the first time that is the newest one, which is then recorded. `local`: nobody is asked.
 
     Raises:
         NestedAttentionError: none is recorded, and the Hub does not tell.
     """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    name = repo if revision is None else f"{repo}@{revision}"
     recorded = recorded_commits()
-    if repo not in recorded:
+    if name not in recorded:
         if local:
-            raise NestedAttentionError(f"{repo} was never fetched to this machine; connect to the Hub to fetch it.")
-        with spoken_errors(repo):
-            recorded[repo] = str(HfApi().model_info(repo).sha)
+            raise NestedAttentionError(f"{name} was never fetched to this machine; connect to the Hub to fetch it.")
+        with spoken_errors(repo, revision or ""):
+            recorded[name] = str(HfApi().model_info(repo, revision=revision).sha)
         with replaced(record_file()) as fresh:
             fresh.write_text(json.dumps(recorded, indent=1) + "\n")
-    return recorded[repo]
+    return recorded[name]
 
 
 def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequence[str] = (), local: bool = False) -> Path:
-    """The files of `repo` that match `patterns` and none of `but`, at `revision` or the recorded commit, as a local folder.
+    """The files of `repo` that match `patterns` and none of `but`, at the commit that `commit_of` gives, as a local folder.
 
     What is in the cache is not fetched again; an interrupted download goes on where it stopped. In patterns `*` stands
     for slashes too. `local`: nothing is fetched, and nobody asked.
@@ -87,10 +95,10 @@ def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequenc
         NestedAttentionError: no such repo or revision, no access, no network, or no room on the disk; with `local`,
             a file is missing.
     """
-    revision = revision or commit_of(repo, local)
-    with spoken_errors(repo, revision):
+    commit = commit_of(repo, revision, local)
+    with spoken_errors(repo, commit):
         chosen = {"allow_patterns": list(patterns), "ignore_patterns": list(but)}
-        return Path(snapshot_download(repo, revision=revision, local_files_only=local, **chosen))
+        return Path(snapshot_download(repo, revision=commit, local_files_only=local, **chosen))
 
 
 @contextmanager
@@ -122,9 +130,9 @@ def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
             f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here."
         ) from error
     except OSError as error:
-        if error.errno == ENOSPC:
+        if error.errno in NO_ROOM:
             raise NestedAttentionError(
-                f"the disk is full: {repo} does not fit into {constants.HF_HOME}; free some room, or set HF_HOME."
+                f"there is no room: {repo} does not fit into {constants.HF_HOME}; free some, or set HF_HOME to another disk."
             ) from error
         raise NestedAttentionError(
             f"{repo} is not in the cache and the Hub cannot be reached ({error}); connect once, or copy its folder here."

@@ -15,7 +15,8 @@ from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, r
 from nested_attention.bases import ASSETS, INDEX, Base, FewSteps, find_base, of_architecture, parts
 from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
-from nested_attention.hub import fetch
+from nested_attention.files import first_damaged
+from nested_attention.hub import commit_of, fetch
 
 HALF = "fp16"  # how diffusers names weight files in 16 bit
 
@@ -97,21 +98,35 @@ def variant_of(base: Base, folder: Path) -> str | None:
     return base.variant or (HALF if halved else None)
 
 
+def missing_file(folder: Path) -> Path | None:
+    """The first file that a part of a base lacks: its description, or of a tokenizer the words, without which it reads nothing."""
+    for part in parts(folder / INDEX):
+        there = {path.name for path in (folder / part).glob("*.json")}
+        if part.startswith("tokenizer") and not there & {"tokenizer.json", "vocab.json"}:
+            return folder / part / "tokenizer.json"
+        if not any(name.endswith("config.json") for name in there):
+            return folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    return None
+
+
 def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     """The preset and its stock diffusers pipeline, frozen, in the machine's memory, in `dtype`."""
     preset = find_base(name)
     folder = base_folder(preset)
     architecture = of_architecture(preset.name, folder / INDEX)
+    if (missing := missing_file(folder)) is not None:
+        raise NestedAttentionError(f"the base model {preset.name} cannot be loaded ({missing} is missing); {get_back(missing)}.")
     if architecture.pipeline != preset.pipeline:
-        own = {name: getattr(preset, name) for name in ("name", "source", "revision", "variant", "licence")}
+        own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
         preset = replace(architecture, **own)
     try:
         stock = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, variant=variant_of(preset, folder),
+            folder, dtype=dtype, variant=variant_of(preset, folder), use_safetensors=True,
             trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise NestedAttentionError(f"the base model {preset.name} in {folder} cannot be loaded ({error}); {get_back(folder)}.") from error
+    except Exception as error:  # nothing narrower: the library tokenizers raises just that
+        broken = first_damaged(folder) or folder
+        raise NestedAttentionError(f"the base model {preset.name} in {broken} cannot be loaded ({error}); {get_back(broken)}.") from error
     for part in stock.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -145,9 +160,14 @@ def make_quick(stock: DiffusionPipeline, few: FewSteps) -> None:
 
 def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
     """The folder of an adapter: a folder, the released weights, or a Hub repo `user/name[@revision]` that `train.push` made."""
-    if str(adapter) == released.REPO:
-        return released.import_released(unet, Path(constants.HF_HOME) / "nested_attention/released")
     repo, _, revision = str(adapter).partition("@")
+    if repo == released.REPO:
+        if unet.config.addition_embed_type != "text_time":  # of the architectures here, only SDXL's has it
+            raise NestedAttentionError(
+                f"{repo} was made for SDXL, and this base model is another one; choose the base sdxl, or another adapter."
+            )
+        commit = commit_of(repo, revision or None)
+        return released.import_released(unet, Path(constants.HF_HOME) / "nested_attention/released" / commit, revision=commit)
     if Path(adapter).exists() or repo.count("/") != 1:
         return Path(adapter)
     return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])

@@ -2,7 +2,7 @@
 
 The rung is chosen from the free memory of the device when a base is loaded. After an out-of-memory error the pipeline
 steps down once, says so, and tries again. Fused attention holds no scores, so slices save most where it is missing (MPS).
-A CPU works in the memory where the weights lie already, so it stays on the first rung.
+A CPU works in the memory where the weights lie already, so it starts on the first rung.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from nested_attention.bases import Base
+from nested_attention.errors import NestedAttentionError
 
 WORKING = 0.25  # what a step needs besides the weights, relative to the weights of the base
 SLICE = 1024  # queries that attend at a time
@@ -91,3 +92,29 @@ def choose(base: Base, free: float, device: torch.device, dtype: torch.dtype) ->
         return 0
     fits = (number for number, rung in enumerate(LADDER) if needed(base, rung, dtype) <= free)
     return next(fits, len(LADDER) - 1)
+
+
+def settle(stock: DiffusionPipeline, device: torch.device, rung: int) -> int:
+    """Moves a pipeline, from wherever it is, to `device` by the first rung from `rung` on that has room. Returns its number.
+
+    Raises:
+        NestedAttentionError: there is no room even on the last one.
+    """
+    for number in range(rung, len(LADDER)):
+        stock.remove_all_hooks()
+        stock.to("cpu")
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        try:
+            LADDER[number].place(stock, device)
+            return number
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    raise NestedAttentionError(f"{device} has too little memory even for {LADDER[-1].name}; close what else uses it, or use the CPU.")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA raises a class of its own; MPS and a CPU only say it."""
+    said = "out of memory", "DefaultCPUAllocator"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nested_attention.encoding import ImageEncoders, encode_subject
 from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
-from nested_attention.memory import LADDER, choose, free_gigabytes
+from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, settle
 from nested_attention.preview import preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
@@ -63,6 +63,8 @@ class NestedAttentionPipeline:
         self.image_encoders = ImageEncoders(folders, self.device, stock.unet.dtype)
         self.cache = SubjectCache()
         self.decoding = threading.Lock()
+        # on a GPU requests take turns: two at once need twice the memory, and parts that move would be pulled from under the other
+        self.turn = nullcontext() if self.device.type == "cpu" else threading.Lock()
         stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
 
     @classmethod
@@ -85,7 +87,7 @@ class NestedAttentionPipeline:
         folders, adapters = load_adapters(preset, stock.unet, adapter, target)
         free = free_gigabytes(target)
         pipe = cls(preset, stock, adapters, folders, target, choose(preset, free, target, stock.unet.dtype))
-        LADDER[pipe.rung].place(stock, target)
+        pipe.rung = settle(stock, target, pipe.rung)
         print(f"{preset.name} on {target}, {free:.1f} GB free: {LADDER[pipe.rung].name}", file=sys.stderr)
         return pipe
 
@@ -108,7 +110,7 @@ class NestedAttentionPipeline:
             cache: encoded pictures are looked up and kept here; the pipeline's own cache if not given.
 
         Raises:
-            NestedAttentionError: unknown kind, unusable picture, or a setting out of range.
+            NestedAttentionError: unknown kind, unusable picture, a setting out of range, or too little memory.
         """
         if kind not in self.adapters:
             raise NestedAttentionError(f"there is no adapter for {kind!r}; this pipeline knows {', '.join(self.kinds) or 'none'}.")
@@ -120,8 +122,16 @@ class NestedAttentionPipeline:
         if not sources:
             raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
         pictures = [read_image(source) for source in sources]
-        encoder, known = self.image_encoders.get(adapter.config), self.cache if cache is None else cache
-        return encode_subject(placeholder, pictures, adapter, encoder, known, strength, lam, token_weight)
+        known = self.cache if cache is None else cache
+        try:
+            encoder = self.image_encoders.get(adapter.config)
+            return encode_subject(placeholder, pictures, adapter, encoder, known, strength, lam, token_weight)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NestedAttentionError(
+                f"{self.device} has too little memory to encode {placeholder}; close what else uses it, or load the model on another device."
+            ) from error
 
     def __call__(
         self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None,
@@ -143,9 +153,10 @@ class NestedAttentionPipeline:
         filled = fill(prompt, words_of(subjects))
         columns = [self._columns(filled, subject) for subject in subjects]
         condition = self._condition(checked, subjects, columns, maps or active_trace(self))
-        images = self._within_memory(checked, filled.text, condition, callback)
-        if images is None and self.rung < len(LADDER) - 1:
-            images = self._within_memory(checked, filled.text, self._step_down(condition), callback)
+        with self.turn:
+            images = self._within_memory(checked, filled.text, condition, callback)
+            if images is None and self.rung < len(LADDER) - 1:
+                images = self._within_memory(checked, filled.text, self._step_down(condition), callback)
         if images is None:
             raise NestedAttentionError(
                 f"{self.device} has too little memory for {checked.num_images} pictures of {checked.width} x {checked.height}; "
@@ -218,12 +229,8 @@ class NestedAttentionPipeline:
 
     def _step_down(self, condition: NestedCondition) -> NestedCondition:
         """To the next rung of the ladder, once, for good; the request goes on with its own condition changed."""
-        self.rung += 1
+        self.rung = settle(self.stock, self.device, self.rung + 1)
         print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}", file=sys.stderr)
-        torch.cuda.empty_cache()
-        self.stock.remove_all_hooks()
-        self.stock.to("cpu")
-        LADDER[self.rung].place(self.stock, self.device)
         if condition.recorder is not None:
             condition.recorder.forget()
         return replace(condition, slice=LADDER[self.rung].slice)
@@ -232,7 +239,9 @@ class NestedAttentionPipeline:
         """What `_run` gives, or None if the device's memory does not suffice. Leaving `except` lets go of what filled it."""
         try:
             return self._run(*request)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def _run(

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from nested_attention.adapters import CONFIG, Adapter, AdapterConfig, cross_attention_layers, read_config, read_weights
+from nested_attention.bases import unet_settings
 from nested_attention.encoder import CLIP_VIT_H, QFormerConfig
 from nested_attention.errors import NestedAttentionError
 from nested_attention.hub import commit_of, fetch
@@ -26,7 +27,7 @@ FILE = "personalization_encoder/model.safetensors"
 LICENCE = "CC-BY-NC-SA-4.0"
 HEAD_DIM = 64
 QFORMER_PREFIXES, LAYER_PREFIXES = ("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter.")
-KEY_NAMES, VALUE_NAMES = {"k", "wk", "key"}, {"v", "wv", "value"}
+ORDERED = {("k", "v"), ("key", "value"), ("0", "1")}  # in what the names of a layer's two weights may differ: keys, values
 RESAMPLER = (  # a name in the released file -> ours; {j} is the layer
     ("latents", "latents"),
     ("proj_in.weight", "proj_in.weight"),
@@ -117,9 +118,19 @@ def expected_numbers(seen: set[int], layers: int) -> range:
 
 def split_pair(pair: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """(to_k, to_v) from two named weights, or None if it is not clear which is which."""
-    words = {name: set(re.split(r"[._]", name.lower())) for name in pair}
-    keys, values = ([pair[name] for name in pair if words[name] & known] for known in (KEY_NAMES, VALUE_NAMES))
-    return (keys[0], values[0]) if len(pair) == 2 and len(keys) == len(values) == 1 else None
+    if len(pair) != 2:
+        return None
+    names = sorted(pair, key=str.lower)  # k before v, 0 before 1
+    return (pair[names[0]], pair[names[1]]) if difference(*map(str.lower, names)) in ORDERED else None
+
+
+def difference(first: str, second: str) -> tuple[str, str]:
+    """In what two names differ: without what they begin and end with alike."""
+    while first and second and first[0] == second[0]:
+        first, second = first[1:], second[1:]
+    while first and second and first[-1] == second[-1]:
+        first, second = first[:-1], second[:-1]
+    return first, second
 
 
 def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: str | None) -> Adapter:
@@ -149,20 +160,20 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
     return adapter
 
 
-def import_released(unet: UNet2DConditionModel, folder: Path, file: Path | None = None) -> Path:
+def import_released(unet: UNet2DConditionModel, folder: Path, file: Path | None = None, revision: str | None = None) -> Path:
     """Converts the released file into `folder`, and returns it. Its licence is said every time.
 
-    `file`: where it lies. If that is not given it is fetched, once.
+    `file`: where it lies. If that is not given it is fetched, once, at `revision` or the recorded commit.
 
     Raises:
         NestedAttentionError: `folder` holds something else; the file cannot be had, or is not what was expected.
     """
     there = is_released(folder)
     if file or not there:
-        revision = None if file else commit_of(REPO)
+        revision = None if file else revision or commit_of(REPO)
         file = file or fetch(REPO, revision, [FILE]) / FILE
         tensors = read_weights(file)
-        convert(tensors, unet, revision).save(folder, next(iter(tensors.values())).dtype)
+        convert(tensors, unet, revision).save(folder, dtype=None)
     print(f"The released adapter is in {folder}. Its licence is {LICENCE}: non-commercial use, share alike, name the authors.")
     return folder
 
@@ -189,8 +200,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from nested_attention.bench.step import SCALES  # here, because the bench loads models, and loading imports this file
-
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SCALES["sdxl"])
+        unet = UNet2DConditionModel.from_config(unet_settings("sdxl"))
     import_released(unet, options.out, options.file)

@@ -87,9 +87,10 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def publish(self, repo: str, files: Mapping[str, bytes]) -> str:
-        """A public repo with `files`. Returns its commit."""
-        commit = hashlib.sha1(repo.encode()).hexdigest()
-        self.repos[repo] = Repo(False, {commit: {path: File(content, lfs=False) for path, content in files.items()}})
+        """A public repo with `files`, or the next commit of one, with nothing else in it. Returns the commit."""
+        commits = self.repos.setdefault(repo, Repo(False, {})).commits
+        commit = hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest()
+        commits[commit] = {path: File(content, lfs=False) for path, content in files.items()}
         return commit
 
     def fail_once(self, request: str, status: int) -> None:

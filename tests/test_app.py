@@ -16,6 +16,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from nested_attention.provenance import read_provenance
+from nested_attention.settings import Settings
 from nested_attention.ui.app import build_app
 from nested_attention.ui.studio import Studio
 from tests import tiny
@@ -52,6 +53,12 @@ def pictures(page: Page) -> list[str | None]:
     return [image.get_attribute("src") for image in page.locator("#gallery img").all()]
 
 
+def carried(page: Page, folder: Path) -> Settings:
+    """The settings in the first picture, as it is served."""
+    (file := folder / "served.png").write_bytes(urllib.request.urlopen(pictures(page)[0] or "").read())
+    return read_provenance(file).settings
+
+
 def generate(client: Client, prompt: str, **changes: object) -> tuple[list[str], dict]:
     values = {"negative": "", "count": 2, "steps": 3, "guidance": 3.0, "seed": 5} | changes
     return client.predict(prompt, *values.values(), api_name="/generate")
@@ -73,7 +80,6 @@ def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
     assert made.settings.seed == 6 and made.subjects[0].placeholder == "<ada>"
     shares = client.predict("<ada>", 1, 0.5, 0.5, api_name="/explain")
     assert abs(sum(shares["words"].values()) - 1) < 1e-3 and abs(sum(shares["patches"]) - 1) < 1e-3
-    assert shares["subjects"] == {"<ada>": shares["words"]["<ada>"]}
     for where, words in (((None, 0.5, 0.5), "picture None"), ((0, None, 0.5), "point .None"), ((7, 0.5, 0.5), "picture 7")):
         with pytest.raises(AppError, match=words):
             client.predict("<ada>", *where, api_name="/explain")
@@ -103,7 +109,8 @@ def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> N
     text.write_text("no picture")
     for arguments, words in (
         (("dragon", [handle_file(photo)], "", 1.0), "dragon"), (("person", [], "", 1.0), "at least one"),
-        (("person", [handle_file(photo)], "", 7.0), "strength"), (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
+        (("person", [handle_file(photo)], "", 7.0), "strength"), (("person", [handle_file(photo)], "", 1.0, 9.0), "lam"),
+        (("person", [handle_file(photo)], "", 1.0, 1.0, 0.0), "token_weight"), (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
     ):  # fmt: skip
         with pytest.raises(AppError, match=words):
             client.predict(*arguments, api_name="/encode")
@@ -123,44 +130,64 @@ def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:
 
 
 def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
-    """Draws the first example, looks inside, clicks into the map, uploads, forgets the placeholder, is helped, cancels."""
+    """Draws the first example, looks inside, clicks into the map, picks another, takes a ready-made prompt, empties the slots,
+    uploads, forgets the placeholder, is helped, asks for a new seed, cancels."""
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 900})
         page.goto(url)
         page.wait_for_selector("#generate", timeout=60_000)
+        page.click("#inside button >> nth=0")
+        assert "Press Generate first" in page.inner_text("#inside-intro")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
-        page.click("#inside button >> nth=0")
+        assert carried(page, tmp_path).prompt == page.input_value("#prompt textarea")
         page.wait_for_selector("#outer img", timeout=30_000)
         page.click("#outer img")
         page.wait_for_selector("#patches img", timeout=30_000)
         assert "<person>" in page.inner_text("#point")
         assert "token" in page.inner_text("#regions")
         page.click("#examples button >> nth=1")
+        page.wait_for_function("document.querySelector('#inside-intro').innerText.includes('Press Generate first')")
+        page.wait_for_selector("#point", state="hidden")
         page.wait_for_function("document.querySelector('#names').innerText.includes('<cat>')")
         page.wait_for_selector("#seen-1 img")
         page.click("#remove-1")
         page.wait_for_function("!document.querySelector('#names').innerText.includes('<cat>')")
         page.wait_for_selector("#kind-1", state="hidden")
+        page.click("text=pixel art of <cat> wearing a red scarf in space")
+        page.wait_for_function("document.querySelector('#names').innerText == 'Placeholders: <cat> cat, subject 1'")
+        assert "one of our examples" in page.inner_text("#notice")
+        for number in (1, 2, 3):
+            page.click("#more")
+            page.wait_for_selector(f"#kind-{number}")
+        page.wait_for_selector("#more", state="hidden")
+        for number in (3, 2, 1):
+            page.click(f"#remove-{number}")
+            page.wait_for_selector(f"#remove-{number}", state="hidden")
+        page.wait_for_selector("#more")
         page.click("#remove-0")
         page.wait_for_function("document.querySelector('#insert-0').innerText.includes('Add a picture')")
         page.set_input_files("#files-0 input[type=file]", photo)
-        page.wait_for_function("document.querySelector('#insert-0').innerText.includes('<person>')")
+        page.wait_for_function("document.querySelector('#insert-0').innerText.includes('<cat>')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.fill("#prompt textarea", "in the snow")
         page.click("#generate")
         page.wait_for_selector("#offer")
         page.click("#offer")
-        page.wait_for_function("document.querySelector('#prompt textarea').value == '<person> in the snow'")
+        page.wait_for_function("document.querySelector('#prompt textarea').value == '<cat> in the snow'")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
         page.fill("#prompt textarea", "   ")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#notice').innerText.includes('does not say')")
         assert page.locator("#gallery img").count() >= 4  # nothing was lost
-        drawn = pictures(page)
-        page.fill("#prompt textarea", "<person>")
+        page.fill("#prompt textarea", "<cat>")
         page.click("text=Advanced")
+        page.check("#new-seed input")
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        drawn, seed = pictures(page), carried(page, tmp_path).seed
+        assert page.input_value("#seed input") == str(seed) != "7" and f"Seed {seed}–{seed + 3}" in page.inner_text("#status")
         page.fill("#steps input[type=number]", "150")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#status').innerText.includes('Step 5')", timeout=60_000)

@@ -1,14 +1,21 @@
-"""What a base would cost on this machine: memory in the dtype it computes in, placement, seconds."""
+"""What a base and an adapter would cost on this machine: memory in the dtype it computes in, placement, seconds, download."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+from nested_attention import NestedAttentionError
 from nested_attention import estimate as module
 from nested_attention.bases import BASES
-from nested_attention.estimate import estimate, teraflops_per_second
+from nested_attention.estimate import IMAGE_ENCODER, estimate, teraflops_per_second
+from nested_attention.hub import commit_of, fetch
 from nested_attention.memory import LADDER
+from nested_attention.released import REPO
+from tests import tiny
+from tests.hub_server import HubServer, visit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -37,6 +44,40 @@ def test_seconds_and_download() -> None:
     assert (cost.fetched, cost.download) == (False, BASES["sdxl"].gigabytes)
     shipped = estimate(BASES["storybook"], CPU)
     assert (shipped.fetched, shipped.download) == (True, 0.0)
+
+
+def test_what_comes_to_the_device_layer_by_layer_takes_its_time() -> None:
+    sdxl = BASES["sdxl"]
+    unet = LADDER[2].share * sdxl.gigabytes  # in 16 bit
+    assert estimate(sdxl, CUDA).seconds == pytest.approx(30 * (25 / 6 + unet / 6))
+
+
+def test_an_adapter_and_its_image_encoder_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storybook, sdxl = BASES["storybook"], replace(BASES["sdxl"], source="nobody/nothing")
+    made = tiny.adapter(tiny.stock("sd").unet, "cat")
+    made.save(tmp_path / "local")
+    made.config = replace(made.config, image_encoder="somebody/eyes", image_revision=None)
+    made.save(tmp_path / "adapter")
+    with HubServer("token") as hub:
+        visit(hub, monkeypatch, tmp_path / "home")
+        for name in (REPO, "me/cat"):
+            missing = estimate(sdxl, CPU, name).download
+            assert missing == pytest.approx(sdxl.gigabytes + sdxl.adapter_gigabytes + IMAGE_ENCODER)
+        assert hub.requests == []
+        hub.publish("me/cat", {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()})
+        hub.publish("somebody/eyes", {"config.json": b"{}", "model.safetensors": b"eyes"})
+        fetch("me/cat", None, ["*"])
+        eyes = 2 * storybook.subject_gigabytes
+        for name, missing in (("me/cat", eyes), (str(tmp_path / "adapter"), eyes), (str(tmp_path / "local"), 0.0)):
+            assert estimate(storybook, CPU, name).download == pytest.approx(missing)
+        fetch("somebody/eyes", commit_of("somebody/eyes"), ["*"])
+        assert estimate(storybook, CPU, "me/cat").fetched
+        commit = hub.publish(REPO, {})
+        assert commit_of(REPO) == commit and not estimate(storybook, CPU, REPO).fetched
+    made.save(Path(constants.HF_HOME) / "nested_attention/released" / commit)
+    assert estimate(storybook, CPU, REPO).fetched
+    with pytest.raises(NestedAttentionError, match=r"nothing/config\.json is missing"):
+        estimate(storybook, CPU, str(tmp_path / "nothing"))
 
 
 def test_the_speed_is_measured() -> None:

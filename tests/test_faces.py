@@ -131,3 +131,26 @@ def test_insightface_is_asked_in_its_colours_and_gives_ffhqs_frame(monkeypatch: 
     expected = Face((180.0, 60.0, 270.0, 170.0), ffhq_quad(points.astype(float)), "insightface")
     assert found.image.tobytes() == framed(ASTRONAUT, expected).tobytes()
     assert find_faces(CHELSEA, "cat")[0].method == "opencv" and len(seen) == 1
+
+
+def test_damaged_models_are_told_and_other_ways_stay(tmp_path) -> None:
+    (tmp_path / "models/buffalo_l").mkdir(parents=True)
+    (tmp_path / "models/buffalo_l/det_10g.onnx").write_bytes(b"cut off")
+    with pytest.raises(NestedAttentionError, match=rf"insightface's models are damaged .* delete {tmp_path}/models/buffalo_l"):
+        frame(ASTRONAUT, "person")
+    assert frame(ASTRONAUT, "person", "whole").said == SAID["whole"] and find_faces(CHELSEA, "cat")[0].method == "opencv"
+
+
+def test_a_download_that_fails_leaves_the_way_open_for_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Cut off, it leaves a folder without models, and where a folder is, the package fetches nothing."""
+
+    def cut_off(url: str, path: str, overwrite: bool) -> None:
+        with open(path, "wb") as file:
+            file.write(b"PK")
+
+    monkeypatch.setattr("insightface.utils.storage.download_file", cut_off)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(NestedAttentionError, match=r"insightface's models cannot be had .*; connect to the internet"):
+        faces.insightface_analysis()
+    assert not (tmp_path / "models/buffalo_l").exists()
+    assert find_faces(ASTRONAUT, "person")[0].method == "opencv"

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from nested_attention import NestedAttentionError
-from nested_attention.bases import BASES, Base, find_base
+from nested_attention.bases import ASSETS, BASES, Base, find_base
 from nested_attention.encoding import ImageEncoders
 from nested_attention.errors import get_back
 from nested_attention.estimate import missing_gigabytes
@@ -18,6 +18,7 @@ from nested_attention.hub import commit_of, fetch, record_file
 from nested_attention.loading import base_folder, few_steps_folder, load_base
 from tests import tiny
 from tests.hub_server import HubServer, refused, visit
+from tests.room import no_file_beyond
 
 REPO = "somebody/something"
 
@@ -166,6 +167,27 @@ def test_a_revision_that_is_gone_is_named(revision: str, hub: HubServer) -> None
         fetch(REPO, None, ["*.json"])
 
 
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_repo_that_moves_on_is_used_at_its_recorded_commit(revision: str | None, hub: HubServer) -> None:
+    first = hub.publish(REPO, {"config.json": b"1", "more.json": b"1"})
+    assert (fetch(REPO, revision, ["config.json"]) / "config.json").read_bytes() == b"1"
+    second = hub.publish(REPO, {"config.json": b"2", "more.json": b"2"})
+    assert (fetch(REPO, revision, ["*.json"]) / "more.json").read_bytes() == b"1"
+    assert commit_of(REPO, revision) == commit_of(REPO, revision, local=True) == first
+    assert (fetch(REPO, second, ["*.json"]) / "more.json").read_bytes() == b"2"
+    record_file().unlink()
+    assert commit_of(REPO, revision) == second
+
+
+def test_a_download_that_finds_no_room_is_said(hub: HubServer) -> None:
+    hub.publish(REPO, {"model.safetensors": bytes(100_000)})
+    commit = commit_of(REPO)
+    with no_file_beyond(50_000), pytest.raises(NestedAttentionError, match=f"no room: {REPO} does not fit into .*home; free some, or set"):
+        fetch(REPO, commit, ["*"])
+    assert [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.is_file() and path.stat().st_size > 10_000] == []
+    assert (fetch(REPO, commit, ["*"]) / "model.safetensors").stat().st_size == 100_000
+
+
 @pytest.mark.parametrize("text", ["{", "7"])
 def test_a_damaged_record_is_named(text: str, hub: HubServer) -> None:
     record_file().parent.mkdir(parents=True)
@@ -182,4 +204,10 @@ def test_what_came_from_the_hub_is_deleted_to_get_it_back(hub: HubServer) -> Non
     assert get_back(folder / "snapshots/1/unet/model.safetensors") == f"delete {folder} and start again, so that it is downloaded anew"
     made = record_file().parent / "released"
     assert get_back(made / "config.json").startswith(f"delete {made} and start again")
-    assert "git checkout" in get_back("assets/storybook/base")
+
+
+def test_only_what_is_shipped_comes_back_from_git(tmp_path: Path) -> None:
+    for shipped in ("assets/storybook/base", ASSETS / "storybook/adapters/cat/config.json"):
+        assert get_back(shipped) == f"get it back with `git checkout -- {shipped}`"
+    for own in (tmp_path / "base", "runs/adapter-cat/adapter", "assets"):
+        assert get_back(own) == "put back a whole copy, or download or make it again"

@@ -1,6 +1,7 @@
 """Finding and loading base models: names, folders, other architectures, devices, the Hub out of reach."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,15 +40,44 @@ def test_other_architectures_are_named(tmp_path: Path) -> None:
         load_base(str(tmp_path), torch.float32)
 
 
-def test_a_damaged_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.stock("sd").save_pretrained(tmp_path)
-    weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    monkeypatch.setitem(BASES, "broken", replace(BASES["storybook"], name="broken", source=str(tmp_path)))
-    with pytest.raises(NestedAttentionError, match=r"broken.*git checkout"):
-        load_base("broken", torch.float32)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole base model."""
+    folder = tmp_path_factory.mktemp("bases") / "stored"
+    tiny.stock("sd").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json",
+    ],
+)  # fmt: skip
+def test_the_file_that_a_base_lacks_or_that_is_cut_off_is_named(file: str, gone: bool, stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, base := tmp_path / "base")
+    if gone:
+        (base / file).unlink()
+    else:
+        (base / file).write_bytes((base / file).read_bytes()[: (base / file).stat().st_size // 2])
+    with pytest.raises(NestedAttentionError, match=r"cannot be loaded .*; put back a whole copy") as error:
+        load_base(str(base), torch.float32)
+    folder, _, name = file.partition("/")
+    assert str(base / folder) in str(error.value) and name in str(error.value)
+
+
+def test_a_tokenizer_that_is_none_is_said(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, base := tmp_path / "base")
+    (base / "tokenizer/tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(NestedAttentionError, match=r"base cannot be loaded .*; put back a whole copy"):
+        load_base(str(base), torch.float32)
+
+
+def test_a_base_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BASES, "gone", replace(BASES["storybook"], name="gone", source=str(tmp_path / "gone")))
-    with pytest.raises(NestedAttentionError, match=r"gone is not in .*git checkout"):
+    with pytest.raises(NestedAttentionError, match=r"gone is not in .*; put back a whole copy"):
         load_base("gone", torch.float32)
 
 
@@ -92,7 +122,7 @@ def test_a_missing_or_damaged_image_encoder_is_named(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for damaged in (b"", whole[:4], whole[:1000], bytes(len(whole))):
         weights.write_bytes(damaged)
-        assert refusal().startswith(f"the image encoder {folder} cannot be loaded (")
+        assert refusal().startswith(f"the image encoder {weights} cannot be loaded (")
     weights.unlink()
     torch.save(tiny.vision().state_dict(), folder / "pytorch_model.bin")
     assert "model.safetensors" in refusal()  # a pickle is not read

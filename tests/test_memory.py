@@ -1,6 +1,8 @@
 """The ladder of memory measures: what is chosen, that no rung changes a picture, and that one step down saves a request."""
 
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -9,16 +11,20 @@ import torch
 from accelerate.hooks import CpuOffload
 from diffusers import UNet2DConditionModel
 
-from nested_attention import NestedAttentionError, trace
+from nested_attention import NestedAttentionError, NestedAttentionPipeline, trace
 from nested_attention.adapters import Adapter, AdapterConfig, cross_attention_layers
-from nested_attention.bases import BASES
-from nested_attention.bench.step import SCALES
+from nested_attention.bases import BASES, UNETS
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import QFormerConfig
-from nested_attention.memory import LADDER, Rung, choose, free_gigabytes
+from nested_attention.memory import LADDER, choose, free_gigabytes, settle
+from nested_attention.pipeline import Generation
 from tests import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def pixels(out: Generation) -> np.ndarray:
+    return np.asarray(out.images[0]).astype(int)
 
 
 @pytest.mark.parametrize(("free", "rung"), [(24.0, 0), (10.0, 1), (9.0, 2), (7.0, 3), (0.5, 3)])
@@ -35,9 +41,9 @@ def test_free_memory_of_a_cpu_is_what_the_system_says() -> None:
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_sizes_of_adapters_and_subjects_are_those_of_the_released_shape(name: str) -> None:
     """In 16 bit: an adapter of 1024 tokens; and CLIP ViT-H's 632 million weights with the keys and values of one picture."""
-    sizes = QFormerConfig(1024, 1280, 4, 20, 64, 1280, SCALES[name]["cross_attention_dim"])
+    sizes = QFormerConfig(1024, 1280, 4, 20, 64, 1280, UNETS[name]["cross_attention_dim"])
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SCALES[name])
+        unet = UNet2DConditionModel(**UNETS[name])
         adapter = Adapter(AdapterConfig("person", "person", name, "", qformer=sizes), unet)
     weights = sum(parameter.numel() for parameter in adapter.parameters())
     cache = sum(2 * sizes.num_tokens * attention.to_k.out_features for attention in cross_attention_layers(unet).values())
@@ -53,19 +59,8 @@ def test_every_rung_needs_less_than_the_one_before() -> None:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_slices_change_nothing(architecture: str) -> None:
     pipe = tiny.pipeline(architecture)
-    unet, states = pipe.stock.unet, torch.randn(2, 24, pipe.stock.unet.config.cross_attention_dim)
-    subject = pipe.encode("cat", tiny.photo(3), "<cat>")
-    columns = torch.zeros(1, 24)
-    columns[0, 4] = 1
-    layers = {name: [layer] for name, layer in subject.layer_subjects(columns).items()}
-    added = {"text_embeds": torch.randn(2, tiny.WIDTH), "time_ids": torch.ones(2, 6)} if architecture == "sdxl" else None
-    latents = torch.randn(2, 4, 16, 16)
-
-    def step(condition: NestedCondition) -> torch.Tensor:
-        return unet(latents, 500, states, added_cond_kwargs=added, cross_attention_kwargs={"nested": condition}).sample
-
-    with torch.no_grad():
-        whole, sliced = step(NestedCondition(1, layers)), step(NestedCondition(1, layers, slice=7))
+    layers = tiny.layers([pipe.encode("cat", tiny.photo(3))])
+    whole, sliced = (tiny.step(pipe, NestedCondition(1, layers, slice=size)) for size in (None, 7))
     torch.testing.assert_close(whole, sliced, atol=1e-5, rtol=1e-5)
 
 
@@ -89,39 +84,75 @@ def test_parts_that_take_turns_draw_the_same_picture_and_previews_leave_them(arc
     assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
 
 
-def short_of_memory(pipe, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """The pipeline's run fails `times` times after two steps, as a GPU does; measures are taken on the CPU."""
-    run, left = pipe._run, [times]
+@pytest.mark.parametrize("number", range(3))
+def test_a_rung_draws_the_same_picture_for_two_at_once(number: int) -> None:
+    """With the real hooks, on a CPU. Requests take turns as on a GPU, else the parts of one would be moved under the other.
 
-    def failing(settings, text, condition, callback):
-        if not left[0]:
-            return run(settings, text, condition, callback)
-        left[0] -= 1
-        run(replace(settings, steps=2), text, condition, None)
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    Not the last rung: accelerate's hooks for single layers need a device that is not the CPU.
+    """
+    pipe = tiny.pipeline("sd")
+    subject = pipe.encode("cat", tiny.photo(3))
+    expected = [pixels(pipe("<cat> on the beach", [subject], seed=seed)) for seed in (3, 4)]
+    pipe.turn = threading.Lock()
+    pipe.rung = settle(pipe.stock, CPU, number)
+    assert pipe.rung == number
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda seed: pixels(pipe("<cat> on the beach", [subject], seed=seed)), (3, 4)))
+    assert np.abs(np.subtract(found, expected)).max() <= 1
 
-    monkeypatch.setattr(pipe, "_run", failing)
-    nothing = [Rung(rung.name, rung.share, rung.slice, lambda stock, device: None) for rung in LADDER]
-    monkeypatch.setattr("nested_attention.pipeline.LADDER", nothing)
+
+def without_room(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 5.50 GB, max allowed: 6.80 GB).")
+
+
+def short_of_memory(pipe: NestedAttentionPipeline, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The U-Net lacks memory `times` times, after two steps each, as on a GPU."""
+    forward, calls = pipe.stock.unet.forward, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) in range(3, 3 * times + 1, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.stock.unet, "forward", failing)
 
 
 def test_one_step_down_saves_the_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     pipe = tiny.pipeline("sd")
     subject = pipe.encode("cat", tiny.photo(3))
     with trace(pipe) as whole:
-        expected = pipe("<cat> on the beach", [subject], seed=3).images[0]
-    short_of_memory(pipe, monkeypatch, 1)
+        expected = pixels(pipe("<cat> on the beach", [subject], seed=3))
+    short_of_memory(pipe, 1, monkeypatch)
     with trace(pipe) as maps:
-        found = pipe("<cat> on the beach", [subject], seed=3).images[0]
-    assert pipe.rung == 1 and "out of memory; from now on" in capsys.readouterr().err
-    difference = torch.tensor(list(expected.tobytes()), dtype=torch.float) - torch.tensor(list(found.tobytes()), dtype=torch.float)
-    assert difference.abs().max() <= 2
+        found = pixels(pipe("<cat> on the beach", [subject], seed=3))
+    assert pipe.rung == 1 and capsys.readouterr().err == f"tiny: out of memory; from now on {LADDER[1].name}\n"
+    assert np.abs(found - expected).max() <= 2
     torch.testing.assert_close(maps.subject("<cat>").outer(), whole.subject("<cat>").outer(), atol=1e-4, rtol=1e-3)
 
 
-def test_at_the_end_of_the_ladder_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_one_step_down_the_message_says_what_to_do_and_the_pipeline_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.pipeline("sd")
-    pipe.rung = len(LADDER) - 1
-    short_of_memory(pipe, monkeypatch, 1)
+    short_of_memory(pipe, 2, monkeypatch)
     with pytest.raises(NestedAttentionError, match="too little memory for 1 pictures of 32 x 32; ask for fewer"):
         pipe("a cat on the beach")
+    assert pipe.rung == 1 and len(pipe("a cat on the beach").images) == 1
+
+
+def test_a_picture_that_cannot_be_encoded_for_want_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("sd")
+    monkeypatch.setattr(pipe.adapters["cat"].qformer, "forward", without_room)
+    with pytest.raises(NestedAttentionError, match="too little memory to encode <cat>; close what else uses it"):
+        pipe.encode("cat", tiny.photo(3))
+
+
+def test_a_model_that_does_not_fit_goes_down_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = tiny.stock("sd")
+    with monkeypatch.context() as patch:  # no room for all of it at once: for the two rungs that need this
+        patch.setattr(stock, "enable_model_cpu_offload", without_room)
+        patch.setattr("nested_attention.memory.tile", without_room)
+        with pytest.raises(NestedAttentionError, match="cpu has too little memory even for sequential offload"):
+            settle(stock, CPU, 1)
+        patch.undo()
+        patch.setattr(stock, "enable_model_cpu_offload", without_room)
+        assert settle(stock, CPU, 2) == 3

@@ -1,13 +1,10 @@
 """Photos for training: the same ones from a folder, a data set and tar shards, in an exact order, in batches of one shape."""
 
-import io
 import json
 import shutil
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from PIL import Image
 
 from nested_attention import NestedAttentionError
 from nested_attention.encoder import CLIP_VIT_H
-from tests.photo_files import ROCKET, rows_of
+from tests.photo_files import ROCKET, PartsHandler, rows_of, served
 from train.photos import hub, places
 from train.photos.batches import BucketBatches
 from train.photos.dataset import PhotoDataset, buckets
@@ -27,7 +24,7 @@ from train.photos.folder import FolderSource
 from train.photos.hub import HubSource
 from train.photos.order import MIXED, permutation
 from train.photos.sample import PhotoSample, Source
-from train.photos.shards import ShardSource
+from train.photos.shards import ShardSource, write_shards
 from train.photos.sources import open_source
 from train.prepare import prepare
 
@@ -53,23 +50,11 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def write_shards(prepared: Path, folder: Path, each: int) -> str:
-    """The photos of a prepared folder as tar shards; every other caption as JSON."""
-    folder.mkdir()
-    rows = rows_of(prepared)
-    for k, row in enumerate(rows):
-        key = Path(row["file_name"]).stem
-        caption = (f"{key}.json", json.dumps({"text": row["text"]})) if k % 2 else (f"{key}.txt", row["text"])
-        content = {
-            f"{key}.jpg": (prepared / row["file_name"]).read_bytes(), f"{key}.reference.png": (prepared / row["reference"]).read_bytes(),
-            caption[0]: caption[1].encode(),
-        }  # fmt: skip
-        with tarfile.open(folder / f"data-{k // each:06d}.tar", "a") as tar:
-            for name, data in content.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return f"{folder}/data-{{000000..{(len(rows) - 1) // each:06d}}}.tar"
+def sharded(prepared: Path, folder: Path, each: int) -> str:
+    """The photos of a prepared folder as tar shards, and the pattern that names them."""
+    photos = FolderSource(prepared, "rocket").photos
+    write_shards(prepared, photos, folder, each)
+    return f"{folder}/data-{{000000..{(len(photos) - 1) // each:06d}}}.tar"
 
 
 def same(a: PhotoSample, b: PhotoSample) -> bool:
@@ -84,13 +69,33 @@ def assert_same_photos(source: Source, expected: Source) -> None:
 
 
 def test_shards_give_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern = write_shards(shaped, tmp_path / "shards", 5)
+    pattern = sharded(shaped, tmp_path / "shards", 5)
     folder, shards = open_source(str(shaped), "rocket"), open_source(pattern, "rocket")
     assert isinstance(folder, FolderSource) and isinstance(shards, ShardSource)
     assert shards.shards == [5, 5, 5, 5, 3] and [shards[k].key for k in (0, 22)] == ["00", "22"]
     assert_same_photos(shards, folder)
     monkeypatch.setattr(tarfile, "open", None)  # from now on the index has to do
     assert_same_photos(open_source(f"{tmp_path}/shards/data-*.tar", "rocket"), folder)
+
+
+def test_a_caption_may_be_json(shaped: Path, tmp_path: Path) -> None:
+    pattern, row = sharded(shaped, tmp_path / "shards", 23), rows_of(shaped)[0]
+    for name, content in (("one.jpg", row["file_name"]), ("one.reference.png", row["reference"])):
+        shutil.copy(shaped / content, tmp_path / name)
+    (tmp_path / "one.json").write_text(json.dumps({"text": row["text"]}))
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for name in ("one.jpg", "one.reference.png", "one.json"):
+            tar.add(tmp_path / name, name)
+    assert same(open_source(str(tmp_path / "one.tar"), "rocket")[0], open_source(pattern, "rocket")[0])
+
+
+def test_prepare_writes_shards_that_read_back(shaped: Path, tmp_path: Path) -> None:
+    raw = shaped.with_name("rockets")
+    with pytest.raises(NestedAttentionError, match="a shard cannot hold 0 photos; give --shards"):
+        prepare(raw, "rocket", tmp_path / "ready", shards=0)
+    prepare(raw, "rocket", tmp_path / "ready", shards=10)
+    assert sorted(path.name for path in (tmp_path / "ready/shards").iterdir()) == [f"data-00000{number}.tar" for number in range(3)]
+    assert_same_photos(open_source(f"{tmp_path}/ready/shards/data-*.tar", "rocket"), FolderSource(shaped, "rocket"))
 
 
 def test_a_data_set_gives_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +130,7 @@ def test_what_is_no_source_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "cut.tar").write_bytes(b"x" * 2000)
     for data, words in {
-        str(tmp_path): "run `python -m train.prepare", "/nowhere/at/all": "shards: data-", f"{tmp_path}/{{0..3}}.tar": "there is no file .*0.tar",
+        str(tmp_path): f"run `python -m train.prepare {tmp_path} --kind person` and give", "/nowhere/at/all": "shards: data-", f"{tmp_path}/{{0..3}}.tar": "there is no file .*0.tar",
         f"{tmp_path}/cut.tar": "damaged or compressed", "somebody/photos": "pip install datasets",
     }.items():  # fmt: skip
         with pytest.raises(NestedAttentionError, match=words):
@@ -133,10 +138,21 @@ def test_what_is_no_source_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_photos_of_another_kind_are_refused(shaped: Path, tmp_path: Path) -> None:
-    pattern = write_shards(shaped, tmp_path / "shards", 12)
+    pattern = sharded(shaped, tmp_path / "shards", 12)
     for data in (str(shaped), pattern):
         with pytest.raises(NestedAttentionError, match=r"names <rocket>: .*; write <person>, .* or train with --kind rocket\."):
             open_source(data, "person")
+
+
+@pytest.mark.parametrize(("text", "words"), [("a rocket", "no placeholder"), ("<rocket> by <person>", "<rocket>, <person>")])
+def test_captions_that_do_not_name_the_subject_alone_are_refused(shaped: Path, tmp_path: Path, text: str, words: str) -> None:
+    shutil.copytree(shaped, tmp_path / "ready")
+    rows = rows_of(shaped)
+    rows[2]["text"] = text
+    (tmp_path / "ready/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = rf'the caption of line 3 of .*metadata\.jsonl names {words}: "{text}"; write <rocket>, and no other one, where the subject is meant\.'
+    with pytest.raises(NestedAttentionError, match=said):
+        open_source(str(tmp_path / "ready"), "rocket")
 
 
 def test_a_shard_with_half_a_photo_is_refused(tmp_path: Path) -> None:
@@ -147,52 +163,18 @@ def test_a_shard_with_half_a_photo_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.tar"), "rocket")
 
 
-class PartsHandler(BaseHTTPRequestHandler):
-    """Serves the files of `folder`, in parts unless `whole` is set."""
-
-    folder: Path
-    whole = False
-    failures = 0
-    served = 0
-
-    def do_GET(self) -> None:
-        kind = type(self)
-        if kind.failures:
-            kind.failures -= 1
-            return self.send_error(503)
-        if not (self.folder / self.path[1:]).is_file():
-            return self.send_error(404)
-        content = (self.folder / self.path[1:]).read_bytes()
-        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        part = content if self.whole else content[first : last + 1]
-        if not part:
-            return self.send_error(416)
-        kind.served += len(part)
-        self.send_response(200 if self.whole else 206)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(part)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[PartsHandler]]]:
     """The address of a server of `tmp_path / "shards"`, and its handler; indices are kept in `tmp_path / "home"`."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(places.time, "sleep", lambda seconds: None)
-    handler = type("Handler", (PartsHandler,), {"folder": tmp_path / "shards"})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", handler
-        server.shutdown()
+    with served(tmp_path / "shards") as found:
+        yield found
 
 
 def test_shards_on_a_server_are_read_in_parts(shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]]) -> None:
     address, handler = web
-    pattern = write_shards(shaped, tmp_path / "shards", 12).replace(f"{tmp_path}/shards", address)
+    pattern = sharded(shaped, tmp_path / "shards", 12).replace(f"{tmp_path}/shards", address)
     total = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
     handler.failures = 2  # what fails for the moment is asked for again
     source = open_source(pattern, "rocket")
@@ -208,7 +190,7 @@ def test_shards_on_a_server_are_read_in_parts(shaped: Path, tmp_path: Path, web:
 
 def test_what_a_server_does_not_give_is_said(shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]]) -> None:
     address, handler = web
-    write_shards(shaped, tmp_path / "shards", 12)
+    sharded(shaped, tmp_path / "shards", 12)
     with pytest.raises(NestedAttentionError, match=r"none\.tar cannot be read \(HTTP Error 404.*check the address"):
         open_source(f"{address}/none.tar", "rocket")
     with pytest.raises(NestedAttentionError, match=r"write their numbers as \{000000\.\.000012\}"):

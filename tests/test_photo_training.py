@@ -18,17 +18,21 @@ import train.adapter
 from nested_attention import NestedAttentionError, bases, encoding
 from nested_attention.adapters import Adapter
 from tests import photo_run, tiny
+from tests.photo_files import served
 from train.adapter import Job, default_config, read_section
 from train.loop import Share, fit
 from train.objective import NoiseObjective, objective_of
 from train.photos.cache import MADE_OF, FeatureCache
+from train.photos.folder import PreparedPhoto
+from train.photos.places import BLOCK
+from train.photos.shards import write_shards
 from train.push import Run, card
 
 PLACES = ("on the beach", "in the snow", "at night")
 
 
 def prepared(folder: Path, captions: list[str]) -> str:
-    """A prepared folder of small photos of noise, of three shapes."""
+    """A prepared folder of small photos of noise, of three shapes, and all of them in one shard in `shards`."""
     (folder / "images").mkdir(parents=True)
     (folder / "references").mkdir()
     lines = []
@@ -39,6 +43,7 @@ def prepared(folder: Path, captions: list[str]) -> str:
         line = {"file_name": f"images/{number}.png", "reference": f"references/{number}.png", "text": caption}
         lines.append(json.dumps(line | {"height": size[0], "width": size[1], "method": "whole"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    write_shards(folder, [PreparedPhoto(**json.loads(line)) for line in lines], folder / "shards", len(lines))
     return str(folder)
 
 
@@ -78,19 +83,22 @@ def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(photos: str, tmp_path: P
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp"])
 def test_two_processes_do_what_one_does(photos: str, whole: Path, tmp_path: Path, config: str) -> None:
+    """With ddp from a shard on a server, which only one of the processes reads through."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"train/configs/accelerate/{config}.yaml",
               "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.photo_run"]  # fmt: skip
-    done = subprocess.run(
-        [*launch, photos, str(tmp_path / "two"), "3", "6"], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "home")}
+    with served(Path(photos) / "shards") as (address, handler):
+        data = f"{address}/data-000000.tar" if config == "ddp" else photos
+        done = subprocess.run([*launch, data, str(tmp_path / "two"), "3", "6"], capture_output=True, text=True, env=env)
+    assert handler.asked.count(("/data-000000.tar", f"bytes=0-{BLOCK - 1}")) == (config == "ddp")
     assert done.returncode == 0, done.stderr[-4000:]
     made = json.loads((tmp_path / "two/config.json").read_text())
     assert (made["processes"], made["sharded"]) == (2, config == "fsdp")
     assert difference(whole, tmp_path / "two") < 1e-5
-    held_out = [
-        [json.loads(line).get("held_out") for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, tmp_path / "two")
-    ]
-    assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
+    logs = [list(map(json.loads, (run / "log.jsonl").read_text().splitlines())) for run in (whole, tmp_path / "two")]
+    held_out = [[line["held_out"] for line in log if line["step"] % 2 == 0] for log in logs]
+    assert len(held_out[0]) == 3 and held_out[0] == pytest.approx(held_out[1], abs=1e-4)
+    assert "held_out" in logs[1][2] and "held_out" not in logs[0][2]  # the two stopped there
     grids = [np.asarray(Image.open(run / "grids/000006.png")).astype(int) for run in (whole, tmp_path / "two")]
     assert abs(grids[0] - grids[1]).max() <= 2
 
@@ -175,7 +183,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(parts: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """Two stages of two steps on photos; its pictures are small and drawn in one step."""
     monkeypatch.setitem(bases.ARCHITECTURES, "StableDiffusionXLPipeline", photo_run.SMALL)
-    loop = {"steps": 2, "batch_size": 2, "muon_lr": 0.0, "mixed_precision": "no", "workers": 0, "log_every": 1}
+    loop = {"steps": 2, "batch_size": 2, "muon_lr": 0.0, "mixed_precision": "no", "workers": 0, "log_every": 1, "held_out_every": 5}
     config = {
         "image_encoder": str(parts / "vision"), "framing": "face", "value_norm": "full", "lam": 1.0, "licence": "MIT",
         "image": {"size": 32}, "qformer": {"num_tokens": 4, "width": 32, "depth": 1, "heads": 2, "head_dim": 16},
@@ -195,7 +203,11 @@ def test_stages_follow_each_other_draw_grids_and_become_a_card(job: Job) -> None
     assert list(last.glob("**/events.out.tfevents*")) and not list(first.glob("**/events.out.tfevents*"))
     run = Run.read(job.out)
     assert [stage.steps for stage in run.stages] == [2, 1] and run.grids == {2: first / "grids/000002.png", 3: last / "grids/000001.png"}
-    assert "| steps | 3 (2 + 1) |" in card(run, "me/man")
+    logged = json.loads((last / "log.jsonl").read_text())
+    assert adapter.config.metrics == {"last loss": logged["loss"], "held-out loss": logged["held_out"]}
+    text = card(run, "me/man")
+    for row in ("| steps | 3 (2 + 1) |", f"| last loss | {logged['loss']:g} |", f"| held-out loss | {logged['held_out']:g} |"):
+        assert row in text
 
 
 def test_frozen_parts_in_16_bit_train_and_draw_without_autocast(job: Job) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
-from nested_attention.attention import plain
+from nested_attention.attention import fast, plain
 from nested_attention.condition import NestedCondition
 from nested_attention.pipeline import Generation
 from tests import tiny
@@ -62,7 +62,7 @@ def test_plain_form_gives_the_same_picture(
     pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch, guidance_scale: float, height: int, width: int
 ) -> None:
     settings = {"seed": 1, "num_images": 2, "guidance_scale": guidance_scale, "height": height, "width": width}
-    fast = pipe(PROMPT, both(pipe), **settings)
+    expected = pixels(pipe(PROMPT, both(pipe), **settings))
     called: list[int] = []
 
     def counted(query: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -70,8 +70,19 @@ def test_plain_form_gives_the_same_picture(
         return plain(query, *rest)
 
     monkeypatch.setattr("nested_attention.pipeline.NestedCondition", partial(NestedCondition, form=counted))
-    assert abs(pixels(fast) - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
+    assert abs(expected - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
     assert set(called) == {2}
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("grid", [(16, 16), (24, 16)])
+@pytest.mark.parametrize("count", range(5))
+def test_a_step_is_the_same_in_both_forms(pipe: NestedAttentionPipeline, count: int, grid: tuple[int, int], batch: int, rows: int) -> None:
+    """0 to 4 subjects, square or not, with guidance (the first half of four rows is unconditional) and without."""
+    kinds = ("person", "cat", "cat", "person")[:count]
+    layers = tiny.layers([pipe.encode(kind, photo(k), f"<{kind}{k}>", strength=0.5 + 0.3 * k) for k, kind in enumerate(kinds)])
+    steps = [tiny.step(pipe, NestedCondition(rows, layers, form=form), batch, grid) for form in (plain, fast)]
+    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
 
 
 def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:

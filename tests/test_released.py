@@ -13,13 +13,14 @@ from safetensors.torch import save, save_file
 from nested_attention import NestedAttentionError
 from nested_attention.__main__ import main
 from nested_attention.adapters import Adapter, cross_attention_layers, read_config, read_weights
-from nested_attention.bench.step import SCALES
+from nested_attention.bases import UNETS
+from nested_attention.loading import adapter_folder
 from nested_attention.released import FILE, LICENCE, REPO, RESAMPLER, convert, is_released
 from tests import tiny
 from tests.hub_server import HubServer, visit
 
 WIDTH, TOKENS, DEPTH, INNER, FEATURES = 24, 5, 2, 128, 40
-NARROW = SCALES["sdxl"] | {  # SDXL with all its layers
+NARROW = UNETS["sdxl"] | {  # SDXL with all its layers
     "block_out_channels": (16, 16, 32), "attention_head_dim": (2, 2, 4), "cross_attention_dim": 2 * tiny.WIDTH, "norm_num_groups": 8,
 }  # fmt: skip
 
@@ -59,6 +60,9 @@ def released(
         ("key", "value"),
         ("W_K.weight", "W_V.weight"),
         ("wk", "wv"),
+        ("kproj.weight", "vproj.weight"),
+        ("nested_keys", "nested_values"),
+        ("0.weight", "1.weight"),
     ],
 )
 @pytest.mark.parametrize("prefixes", [("image_proj_model", "adapter_modules"), ("image_proj", "ip_adapter")])
@@ -126,7 +130,7 @@ def test_all_seventy_layers_of_sdxl_are_numbered_either_way(odd: bool) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub with the released weights, for an SDXL of reduced width."""
-    monkeypatch.setitem(SCALES, "sdxl", NARROW)
+    monkeypatch.setitem(UNETS, "sdxl", NARROW)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**NARROW)
     tensors = released(("image_proj_model", "adapter_modules"), ("to_k.weight", "to_v.weight"), True, torch.float16, unet)
@@ -183,4 +187,23 @@ def test_no_folder_is_lost(hub: HubServer, monkeypatch, tmp_path: Path, capsys) 
     other.save(tmp_path / "cat")
     assert command(monkeypatch, "--out", tmp_path / "cat") == f"{tmp_path / 'cat'} holds another adapter, for 'cat'; name a new folder."
     assert read_config(tmp_path / "cat").kind == "cat" and "released" not in capsys.readouterr().out
+    assert hub.requests == []
+
+
+def test_the_repos_name_is_enough(hub: HubServer, tmp_path: Path, capsys) -> None:
+    """As `from_pretrained(adapter=REPO)` does: converted once for every commit, and of the wanted one."""
+    unet = UNet2DConditionModel.from_config(NARROW)
+    first = hub.repos[REPO].head
+    folder = adapter_folder(REPO, unet)
+    assert read_config(folder).image_revision == first and Adapter.load(folder, unet).config.kind == "person"
+    assert f"Its licence is {LICENCE}" in capsys.readouterr().out
+    hub.publish(REPO, {FILE: hub.repos[REPO].files[FILE].content, "README.md": b"changed"})
+    assert adapter_folder(REPO, unet) == folder
+    second = adapter_folder(f"{REPO}@{hub.repos[REPO].head}", unet)
+    assert second != folder and read_config(second).image_revision == hub.repos[REPO].head != first
+
+
+def test_another_base_is_refused_before_anything_is_fetched(hub: HubServer) -> None:
+    with pytest.raises(NestedAttentionError, match="was made for SDXL, and this base model is another one; choose the base sdxl"):
+        adapter_folder(REPO, tiny.stock("sd").unet)
     assert hub.requests == []

@@ -15,6 +15,7 @@ from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, feature_dim, image_features
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
+from tests.room import no_file_beyond
 from train.base import Routing, TextToImage, alignment_loss, routing_loss
 from train.keys import KeysLesson, KeysTask, tile_shares
 from train.loop import LoopConfig, Share, check, fit, iterate
@@ -97,15 +98,50 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, file: str) -> None:
     checkpoint = Checkpoint(tmp_path / "state")
     assert checkpoint.load() is None
     checkpoint.save({part: {"weight": torch.zeros(8)} for part in ("model", "average", "optimizer")}, {"step": 3})
-    (tmp_path / "state" / file).write_bytes((tmp_path / "state" / file).read_bytes()[:9])
-    with pytest.raises(NestedAttentionError, match=f"state/{file} is missing or damaged .*; put back a copy, or remove the folder"):
-        checkpoint.load()
+    path = tmp_path / "state" / file
+    path.write_bytes(path.read_bytes()[:9])
+    for _ in ("cut off", "gone"):
+        with pytest.raises(NestedAttentionError, match=f"state/{file} is missing or damaged .*; put back a copy, or remove the folder"):
+            checkpoint.load()
+        path.unlink(missing_ok=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     for saved in ({}, {"weight": torch.zeros(3)}):
         with pytest.raises(NestedAttentionError, match=r"that of another model: weight is not in it, or of another size.*--out"):
             load_weights({"weight": torch.zeros(2)}, saved)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    made = task()
+    made.model.adapter.qformer.latents.data.fill_(torch.nan)
+    with pytest.raises(NestedAttentionError, match=r"the loss is nan at step 1; lower lr .*the same command, it goes on"):
+        fit(made, LOOP, tmp_path, {})
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "log.jsonl", "grids/000004.png"])
+def test_what_a_run_cannot_write_is_named(tmp_path: Path, file: str) -> None:
+    """A file stands where a folder has to be, or a folder where the log has to be."""
+    run = tmp_path / "run"
+    if file == "log.jsonl":
+        (run / file).mkdir(parents=True)
+    else:
+        (run / file).parent.parent.mkdir(exist_ok=True)
+        (run / file).parent.touch()
+    made = task()
+    made.grid = lambda: tiny.photo(0)  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(NestedAttentionError, match=f"{run / file} cannot be written .*make room on the disk"):
+        fit(made, LOOP, run, {})
+
+
+def test_a_full_disk_leaves_no_half_line_in_the_log(tmp_path: Path) -> None:
+    fit(task(), replace(LOOP, steps=1), tmp_path, {})
+    log = tmp_path / "log.jsonl"
+    log.write_text(before := 20 * log.read_text())
+    with no_file_beyond(len(before) + 20), pytest.raises(NestedAttentionError, match=r"log\.jsonl cannot be written .*make room"):
+        fit(task(), replace(LOOP, save_minutes=60.0), tmp_path, {})
+    assert log.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -159,9 +195,16 @@ def test_damaged_adapters_are_named(tmp_path: Path, damage: str) -> None:
         (folder / CONFIG).unlink()
     else:
         (folder / CONFIG).write_text('{"kind": ')
-    words = "made for the base" if damage == "other width" else f"{CONFIG if 'config' in damage else WEIGHTS}.*git checkout"
+    words = "made for the base" if damage == "other width" else str(folder / (CONFIG if "config" in damage else WEIGHTS))
     with pytest.raises(NestedAttentionError, match=words):
         Adapter.load(folder, unet)
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("sd")
+    pipe.adapters["cat"].save(tmp_path / "cat")
+    with pytest.raises(NestedAttentionError, match=r"cat/adapter\.safetensors does not fit this base model: .*first layers\."):
+        Adapter.load(tmp_path / "cat", tiny.storybook().unet)  # of the same width
 
 
 def test_where_tokens_were_read_from_is_a_probability() -> None:

@@ -124,6 +124,17 @@ def test_workers_bring_the_same_pictures() -> None:
     assert torch.equal(alone, together)
 
 
+def test_a_fourth_kind_is_one_entry_and_joins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "boat", replace(KINDS["vehicle"], name="boat"))
+    drawn = render(sample_picture("train", 3, ("boat", "cat")))
+    said = caption(drawn.picture, random.Random(0), ("<boat>", "<cat>"))
+    assert [placed.character.kind for placed in drawn.picture.subjects] == ["boat", "cat"]
+    assert "<boat>" in said.text and "<cat>" in said.text
+    kinds = {placed.character.kind for index in range(60) for placed in sample_picture("train", index).subjects}
+    assert kinds == set(KINDS)
+    assert any(question.startswith("boat ") for question in questions())
+
+
 def test_a_contact_sheet_shows_pictures_masks_and_references() -> None:
     page = sheet("train", 0, 1, 2)
     assert page.size == (2 * (3 * CANVAS + 8), CANVAS + 34)

@@ -1,5 +1,6 @@
 """Tiny real components: the architectures of SD and SDXL with random weights, and adapters for them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -25,9 +26,12 @@ from transformers import (
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
+from nested_attention.attention import LayerSubject
 from nested_attention.bases import BASES
+from nested_attention.condition import NestedCondition
 from nested_attention.encoder import ImageConfig, QFormerConfig
 from nested_attention.patches import PatchAutoencoder
+from nested_attention.subjects import Subject
 from train.objective import flow_scheduler
 from train.text import build_tokenizer
 
@@ -140,3 +144,28 @@ def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
     pipe = NestedAttentionPipeline(base, made, {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}, {})
     pipe.image_encoders._loaded["vision", "", None] = vision()
     return pipe
+
+
+def step(
+    pipe: NestedAttentionPipeline, condition: NestedCondition | None = None, batch: int = 2, grid: tuple[int, int] = (16, 16)
+) -> torch.Tensor:
+    """What the U-Net says of fixed noise `(batch, 4, *grid)` and text states `(batch, 24, C)`."""
+    torch.manual_seed(5)
+    config = pipe.stock.unet.config
+    latents, states = torch.randn(batch, 4, *grid), torch.randn(batch, 24, config.cross_attention_dim)
+    added = None
+    if config.addition_embed_type == "text_time":
+        added = {"text_embeds": torch.randn(batch, WIDTH), "time_ids": torch.ones(batch, 6)}
+    with torch.no_grad():
+        return pipe.stock.unet(latents, 500, states, added_cond_kwargs=added, cross_attention_kwargs={"nested": condition}).sample
+
+
+def layers(subjects: Sequence[Subject]) -> dict[str, list[LayerSubject]]:
+    """Layer name -> subjects; the word of subject k is token 4 + 3 k of 24."""
+    found: dict[str, list[LayerSubject]] = {}
+    for k, subject in enumerate(subjects):
+        columns = torch.zeros(1, 24)
+        columns[0, 4 + 3 * k] = 1
+        for name, layer in subject.layer_subjects(columns).items():
+            found.setdefault(name, []).append(layer)
+    return found

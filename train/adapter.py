@@ -27,7 +27,7 @@ from nested_attention.errors import spoken_at_exit
 from nested_attention.faces import SEARCHES
 from nested_attention.hub import commit_of
 from nested_attention.loading import load_base
-from train.loop import LoopConfig, Share, fit
+from train.loop import LoopConfig, Share, fit, last_logged
 from train.objective import Diffusion
 from train.personalizer import AdapterTask, Personalizer, StorybookTask
 from train.photos.cache import FeatureCache
@@ -38,6 +38,7 @@ from train.processes import this_process
 from train.storybook.kinds import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
+METRICS = {"loss": "last loss", "held_out": "held-out loss"}  # in the log -> in the adapter's config
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ class Job:
     config: dict[str, Any]
 
     def model(self) -> tuple[Personalizer, NestedAttentionPipeline]:
-        """Base, image encoder and a fresh adapter, or the one to start from."""
+        """Base, image encoder and a fresh adapter, or the one to start from.
+
+        Raises:
+            NestedAttentionError: one of them cannot be had, or they do not fit each other.
+        """
         config, device = self.config, this_process().device
         dtype = getattr(torch, config.get("frozen", "float32"))
         preset, stock = load_base(self.base, dtype)
@@ -114,7 +119,11 @@ class Job:
         return PhotoTask(model, pipe, photos, stage["resolution"], None if self.cache is None else FeatureCache(self.cache))
 
     def run(self) -> Path:
-        """Trains stage after stage; returns the folder of the finished adapter."""
+        """Trains stage after stage; returns the folder of the finished adapter.
+
+        Raises:
+            NestedAttentionError: photos, base, a setting or a checkpoint cannot be used; the disk is full.
+        """
         photos = self.photos()  # before the base is fetched, which takes longest
         state, learned = this_process(), None
         for number, stage in enumerate(stages := self.config["stages"], 1):
@@ -131,7 +140,10 @@ class Job:
             learned = fit(task, LoopConfig(**stage["loop"]), folder, described)
         assert learned is not None
         if state.is_main_process:
-            save_adapter(self.out / "adapter", model.adapter.config, {name.removeprefix("adapter."): learned[name] for name in learned})
+            logged = last_logged(self.out)
+            metrics = {said: logged[name] for name, said in METRICS.items() if name in logged}
+            weights = {name.removeprefix("adapter."): value for name, value in learned.items()}
+            save_adapter(self.out / "adapter", replace(model.adapter.config, metrics=metrics), weights)
         state.destroy_process_group()
         return self.out / "adapter"
 

@@ -23,6 +23,7 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
 from nested_attention.bench.visitor import REPEATS, visitor_table
 from nested_attention.errors import quiet_libraries, spoken_at_exit
+from nested_attention.files import replaced
 from train.judge import Judge, load_judge
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
@@ -280,7 +281,8 @@ def main() -> None:
     for results in run(suites, options.processes, options.sheets, options.split, options.lam):
         if options.json:
             plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
-            options.json.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
+            with replaced(options.json) as fresh:
+                fresh.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

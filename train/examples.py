@@ -59,7 +59,7 @@ def main() -> None:
             slots.append({"kind": kind, "files": [file]})
         generation = pipe(plan.prompt, subjects, num_images=4, seed=plan.seed)
         results = [f"example-{number}-{k}.png" for k in range(len(generation.images))]
-        for image, file, made in zip(generation.images, results, provenances(pipe.base.name, generation, subjects), strict=True):
+        for image, file, made in zip(generation.images, results, provenances(pipe, generation, subjects, {}), strict=True):
             made.save(image, FOLDER / file)
         entries.append({"title": plan.title, "prompt": plan.prompt, "seed": plan.seed, "slots": slots, "results": results})
         print(f"{plan.title}: {plan.prompt}", flush=True)

@@ -24,12 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.files import replaced
 from nested_attention.loading import computes_bfloat16
 from train.optim import build_optimizers
 from train.processes import asked_to_shard, shard, synchronize, this_process
 from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
 
 Batch = dict[str, Tensor]
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -116,102 +118,172 @@ class Task(ABC):
         return []
 
 
+class Trainer:
+    """A run under way, brought to where it stopped last time. `step`, `seconds`: what is done of it."""
+
+    def __init__(self, task: Task, config: LoopConfig, folder: Path, sharded: bool):
+        precision = config.mixed_precision or ("bf16" if computes_bfloat16(this_process().device) else "no")
+        board = "tensorboard" if config.tensorboard else None
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=board, project_dir=folder)
+        self.processes, self.device = self.accelerator.num_processes, self.accelerator.device
+        self.task, self.config, self.folder, self.sharded = task, config, folder, sharded
+        self.model = task.model.to(self.device)
+        if sharded:
+            shard(self.model, task.units(), self.device, self.processes)
+        self.optimizers = build_optimizers(self.model, config.lr, config.muon_lr, config.not_muon, task.white(), config.white_lr)
+        self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.average = Average(self.model)
+        self.checkpoint = Checkpoint(folder / "state")
+        self.step, self.seconds = 0, 0.0
+        self.resume()
+        self.prepared = self.model if sharded else self.accelerator.prepare(self.model)
+        self.forward = torch.compile(self.prepared) if config.compile else self.prepared
+        self.sums: dict[str, float] = {}  # of what is logged, since `tick`
+        self.summed = 0  # steps that are in `sums`: after a resume fewer than usual
+        self.tick = 0.0
+
+    def resume(self) -> None:
+        """Goes on from the run's checkpoint, if there is one.
+
+        Raises:
+            NestedAttentionError: it is damaged, or that of another model.
+        """
+        if loaded := self.checkpoint.load():
+            tensors, progress = loaded
+            self.step, self.seconds = progress["step"], progress["seconds"]
+            load_weights(self.average.current, tensors["model"])
+            load_weights(self.average.tensors, tensors["average"])
+            load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+
+    def save(self) -> None:
+        """Writes the checkpoint.
+
+        Raises:
+            NestedAttentionError: the disk is full.
+        """
+        moments = optimizer_tensors(self.model, self.optimizers)
+        state = {"model": self.average.current, "average": self.average.tensors, "optimizer": moments}
+        gathered = {name: {key: whole(value) for key, value in content.items()} for name, content in state.items()}
+        if self.accelerator.is_main_process:
+            self.checkpoint.save(gathered, {"step": self.step, "seconds": round(self.seconds)})
+
+    def learn(self, batches: Iterator[Batch]) -> None:
+        """One step: the gradients of one batch, in `accumulation` parts, and what the optimizers make of them."""
+        accelerator, parts = self.accelerator, self.config.accumulation
+        for part in range(parts):
+            batch = {key: value.to(self.device) for key, value in next(batches).items()}
+            last = part == parts - 1
+            synchronize(self.model, last)
+            with training_attention(self.device), nullcontext() if last or self.sharded else accelerator.no_sync(self.prepared):
+                with accelerator.autocast():
+                    loss, logs = self.task.loss(self.forward, batch)
+                accelerator.backward(loss / parts)
+            for key, value in {"loss": float(loss.detach()), **logs}.items():
+                self.sums[key] = self.sums.get(key, 0.0) + value / parts
+        norm = torch.nn.utils.clip_grad_norm_(learning(self.model).values(), self.config.clip)
+        self.sums["norm"] = self.sums.get("norm", 0.0) + float(whole(norm))
+        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.config.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.summed += 1
+        self.average.update(min(self.config.ema, (1 + self.step) / (10 + self.step)))
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for what is done every so many steps."""
+        return self.step % every == 0
+
+    def measured(self) -> dict[str, float]:
+        """The line for the log, where one is due: means over the steps since the last one, and the held-out loss."""
+        config, line = self.config, {}
+        if self.due(config.log_every):
+            means = self.accelerator.reduce(torch.tensor(list(self.sums.values()), device=self.device) / self.summed, "mean")
+            now = time.monotonic()
+            passed = now - self.tick
+            self.seconds += passed
+            line = {key: round(value, 5) for key, value in zip(self.sums, means.tolist(), strict=True)}
+            line |= {"rate": round(config.rate(self.step), 4), "samples_per_s": round(self.summed * config.batch_size / passed, 2)}
+            line |= {"hours": round(self.seconds / 3600, 3)}
+            self.sums, self.summed, self.tick = {}, 0, now
+        if config.held_out_every and (self.due(config.held_out_every) or self.step == config.steps):
+            with self.accelerator.autocast(), self.average.in_place():
+                line |= held_out_loss(self.task, self.device)
+        return line
+
+    def write(self, line: dict[str, float]) -> None:
+        """Adds a line to the log.
+
+        Raises:
+            NestedAttentionError: the disk is full.
+        """
+        if line and self.accelerator.is_main_process:
+            with replaced(log := self.folder / LOG) as fresh:  # a full disk would leave half a line
+                fresh.write_text((log.read_text() if log.exists() else "") + json.dumps({"step": self.step, **line}) + "\n")
+            self.accelerator.log(line, self.step)
+
+    def draw(self) -> None:
+        """Draws the sample grid.
+
+        Raises:
+            NestedAttentionError: the disk is full.
+        """
+        if not (self.sharded or self.accelerator.is_main_process):
+            return
+        with self.accelerator.autocast(), self.average.in_place():
+            grid = self.task.grid()
+        if grid is not None and self.accelerator.is_main_process:
+            with replaced(self.folder / f"grids/{self.step:06d}.png") as fresh:
+                grid.save(fresh, "png")
+
+
 def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any]) -> dict[str, Tensor]:
     """Trains `task.model` up to `config.steps`. Returns the moving average of what learned, by parameter, on the CPU.
 
     `description` is written next to the run, so that anyone can see how it was made.
 
     Raises:
-        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot.
-        FloatingPointError: the loss is no longer finite.
+        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot; the disk is full; the loss
+            is no longer finite.
     """
     sharded = asked_to_shard()
     check(config, this_process().num_processes, sharded)
-    precision = config.mixed_precision or ("bf16" if computes_bfloat16(this_process().device) else "no")
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
-    processes, device = accelerator.num_processes, accelerator.device
-    model = task.model.to(device)
-    if sharded:
-        shard(model, task.units(), device, processes)
-    optimizers = build_optimizers(model, config.lr, config.muon_lr, config.not_muon, task.white(), config.white_lr)
-    base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    average = Average(model)
-    checkpoint = Checkpoint(folder / "state")
-    step, seconds = 0, 0.0
-    if loaded := checkpoint.load():
-        tensors, progress = loaded
-        step, seconds = progress["step"], progress["seconds"]
-        load_weights(average.current, tensors["model"])
-        load_weights(average.tensors, tensors["average"])
-        load_optimizer_tensors(model, optimizers, tensors["optimizer"])
-    prepared = model if sharded else accelerator.prepare(model)
-    forward = torch.compile(prepared) if config.compile else prepared
+    run = Trainer(task, config, folder, sharded)
+    accelerator = run.accelerator
     if accelerator.is_main_process:
-        (folder / "grids").mkdir(parents=True, exist_ok=True)
-        made = {"loop": asdict(config), "processes": processes, "sharded": sharded, **description}
-        (folder / "config.json").write_text(json.dumps(made, indent=2))
+        made = {"loop": asdict(config), "processes": run.processes, "sharded": sharded, **description}
+        with replaced(folder / "config.json") as fresh:
+            fresh.write_text(json.dumps(made, indent=2))
     accelerator.init_trackers("")
-
-    def save() -> None:
-        state = {"model": average.current, "average": average.tensors, "optimizer": optimizer_tensors(model, optimizers)}
-        gathered = {name: {key: whole(value) for key, value in content.items()} for name, content in state.items()}
-        if accelerator.is_main_process:
-            checkpoint.save(gathered, {"step": step, "seconds": round(seconds)})
-
-    batches = iterate(task, config, Share(config.behind + step, accelerator.process_index, processes))
-    saved = tick = time.monotonic()
-    sums: dict[str, float] = {}
-    summed = 0  # steps that are in `sums`: after a resume fewer than usual
-    while step < config.steps:
-        for part in range(config.accumulation):
-            batch = {key: value.to(device) for key, value in next(batches).items()}
-            last = part == config.accumulation - 1
-            synchronize(model, last)
-            with training_attention(device), nullcontext() if last or sharded else accelerator.no_sync(prepared):
-                with accelerator.autocast():
-                    loss, logs = task.loss(forward, batch)
-                accelerator.backward(loss / config.accumulation)
-            for key, value in {"loss": float(loss.detach()), **logs}.items():
-                sums[key] = sums.get(key, 0.0) + value / config.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(learning(model).values(), config.clip)
-        sums["norm"] = sums.get("norm", 0.0) + float(whole(norm))
-        for optimizer, rates in zip(optimizers, base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * config.rate(step)
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        summed += 1
-        average.update(min(config.ema, (1 + step) / (10 + step)))
-        line: dict[str, float] = {}
-        if step % config.log_every == 0:
-            means = accelerator.reduce(torch.tensor(list(sums.values()), device=device) / summed, "mean")
-            now = time.monotonic()
-            seconds += now - tick
-            line = {key: round(value, 5) for key, value in zip(sums, means.tolist(), strict=True)}
-            line |= {"rate": round(config.rate(step), 4), "samples_per_s": round(summed * config.batch_size / (now - tick), 2)}
-            line |= {"hours": round(seconds / 3600, 3)}
-            sums, summed, tick = {}, 0, now
-        if config.held_out_every and step % config.held_out_every == 0:
-            with accelerator.autocast(), average.in_place():
-                line |= held_out_loss(task, device)
-        if line and accelerator.is_main_process:
-            with open(folder / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, **line}) + "\n")
-            accelerator.log(line, step)
-        if (step % config.grid_every == 0 or step == config.steps) and (sharded or accelerator.is_main_process):
-            with accelerator.autocast(), average.in_place():
-                grid = task.grid()
-            if grid is not None and accelerator.is_main_process:
-                grid.save(folder / f"grids/{step:06d}.png")
-        if agreed(accelerator, time.monotonic() - saved > 60 * config.save_minutes) or step == config.steps:
-            save()
-            saved = time.monotonic()
+    batches = iterate(task, config, Share(config.behind + run.step, accelerator.process_index, run.processes))
+    saved = run.tick = time.monotonic()
+    while run.step < config.steps:
+        run.learn(batches)
+        last = run.step == config.steps
+        line = run.measured()
+        run.write(line)
         if not math.isfinite(line.get("loss", 0.0)):
-            raise FloatingPointError(f"the loss is {line['loss']} at step {step}; lower lr or muon_lr and start from the last checkpoint")
+            raise NestedAttentionError(
+                f"the loss is {line['loss']} at step {run.step}; lower lr or muon_lr and give the same command, it goes on from the last "
+                "checkpoint."
+            )
+        if run.due(config.grid_every) or last:
+            run.draw()
+        if agreed(accelerator, time.monotonic() - saved > 60 * config.save_minutes) or last:
+            run.save()
+            saved = time.monotonic()
     for tracker in accelerator.trackers:
         tracker.finish()
-    return {name: whole(value) for name, value in average.tensors.items()}
+    return {name: whole(value) for name, value in run.average.tensors.items()}
+
+
+def last_logged(folder: Path) -> dict[str, float]:
+    """The last value of everything in the log of a run; nothing if it has none."""
+    logged: dict[str, float] = {}
+    for line in (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else ():
+        logged |= json.loads(line)
+    return logged
 
 
 def check(config: LoopConfig, processes: int, sharded: bool) -> None:

@@ -2,7 +2,8 @@
 
 A caption is `NAME.txt` beside the picture, or "text" in a line of `metadata.jsonl` with "file_name". Of people and cats
 the largest face becomes the reference, of other kinds the whole picture; "box" in that line, `[left, top, right, bottom]`
-in fractions, names the subject instead. Written are `images/`, `references/`, `metadata.jsonl` and a report.
+in fractions, names the subject instead. Written are `images/`, `references/`, `metadata.jsonl` and a report; with
+`--shards N` also `shards/`, tar files of N photos each, to be put on a web server.
 """
 
 import argparse
@@ -18,14 +19,16 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
-from nested_attention.faces import FRAME, SEARCHES, Method, cropped, find_faces, framed
+from nested_attention.faces import FRAME, SEARCHES, Method, cropped, find_faces, framed, insightface_analysis
 from nested_attention.files import replaced
 from nested_attention.images import padded_square, read_image
 from nested_attention.prompts import PLACEHOLDER, placeholders
 from train.photos.captions import with_placeholder
 from train.photos.folder import IMAGES, METADATA, REFERENCES, PreparedPhoto, json_lines
 from train.photos.report import LeftOutError, Reason, Report
+from train.photos.shards import write_shards
 
+SHARDS = "shards"
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 SMALLEST = 48  # side of a face in pixels that shows who it is
 SIMILAR = 0.5  # a second face with this share of the first one's area might be meant as well
@@ -42,7 +45,11 @@ class RawPhoto:
 
 
 def raw_photos(folder: Path) -> Iterator[RawPhoto]:
-    """Every picture in the folder and its subfolders, sorted by path."""
+    """Every picture in the folder and its subfolders, sorted by path.
+
+    Raises:
+        NestedAttentionError: a line of its `metadata.jsonl` cannot be used.
+    """
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
     rows = {}
     if (folder / METADATA).is_file():
@@ -77,7 +84,7 @@ def caption(raw: RawPhoto, kind: str) -> str:
     return text
 
 
-def reference(image: Image.Image, raw: RawPhoto, kind: str, may_download: bool) -> tuple[Image.Image, Method]:
+def reference(image: Image.Image, raw: RawPhoto, kind: str) -> tuple[Image.Image, Method]:
     """A square picture of the subject, `FRAME` pixels wide, and how it was made.
 
     Raises:
@@ -91,7 +98,7 @@ def reference(image: Image.Image, raw: RawPhoto, kind: str, may_download: bool) 
             raise LeftOutError(Reason.BAD_BOX, str(error)) from error
     if kind not in SEARCHES:
         return padded_square(image, FRAME), "whole"
-    faces = find_faces(image, kind, may_download)
+    faces = find_faces(image, kind)
     if not faces:
         raise LeftOutError(Reason.NO_FACE, f"{image.width} x {image.height} pixels")
     if (side := faces[0].area ** 0.5) < SMALLEST:
@@ -117,7 +124,7 @@ def keep(source: Path, image: Image.Image, target: Path) -> Path:
     return kept
 
 
-def add(report: Report, raw: RawPhoto, out: Path, may_download: bool) -> PreparedPhoto:
+def add(report: Report, raw: RawPhoto, out: Path) -> PreparedPhoto:
     """Writes one photo and its reference into `out`.
 
     Raises:
@@ -128,14 +135,16 @@ def add(report: Report, raw: RawPhoto, out: Path, may_download: bool) -> Prepare
     except NestedAttentionError as error:
         raise LeftOutError(Reason.UNREADABLE, str(error)) from error
     text = caption(raw, report.kind)
-    square, method = reference(image, raw, report.kind, may_download)
+    square, method = reference(image, raw, report.kind)
     square.save(out / REFERENCES / f"{raw.name}.png")
     kept = keep(report.folder / raw.file, image, out / IMAGES / raw.name)
     return PreparedPhoto(f"{IMAGES}/{kept.name}", f"{REFERENCES}/{raw.name}.png", text, image.width, image.height, method)
 
 
-def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> Report:
+def prepare(folder: Path, kind: str, out: Path, shards: int | None = None) -> Report:
     """Prepares `folder` for training into `out`, which appears when it is complete; an older prepared folder is replaced.
+
+    `shards`: so many photos lie in each tar file of `out/shards`; None for no such files.
 
     Raises:
         NestedAttentionError: no picture can be used, or `out` is something else.
@@ -146,13 +155,15 @@ def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> R
         raise NestedAttentionError(f"there is no folder {folder}; check the path.")
     if out.exists() and not (out / "report.json").is_file():
         raise NestedAttentionError(f"{out} is there and was not written by train.prepare; give another folder with --out.")
+    if shards is not None and shards < 1:
+        raise NestedAttentionError(f"a shard cannot hold {shards} photos; give --shards a number from 1 on, such as 1000.")
     report = Report(folder, kind)
     with replaced(out) as fresh:
         for part in (IMAGES, REFERENCES):
             (fresh / part).mkdir(parents=True)
         for raw in raw_photos(folder):
             try:
-                report.used.append(add(report, raw, fresh, may_download))
+                report.used.append(add(report, raw, fresh))
             except LeftOutError as error:
                 report.leave_out(raw.file, error)
         if not report.used:
@@ -161,6 +172,8 @@ def prepare(folder: Path, kind: str, out: Path, may_download: bool = False) -> R
         lines = [json.dumps(asdict(photo), ensure_ascii=False) for photo in report.used]
         (fresh / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
         report.write(fresh)
+        if shards is not None:
+            write_shards(fresh, report.used, fresh / SHARDS, shards)
     return report
 
 
@@ -170,11 +183,16 @@ def main() -> None:
     parser.add_argument("--kind", default="person", help="what the photos show: person (if not given), cat, pet, or any other word")
     parser.add_argument("--out", type=Path, help="FOLDER-prepared if not given")
     parser.add_argument("--may-download", action="store_true", help="fetch insightface's models (non-commercial research) if missing")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="also write tar shards of N photos each, OUT/shards/data-000000.tar and so on"
+    )
     options = parser.parse_args()
     folder = options.folder.resolve()
     out = options.out or folder.with_name(folder.name + "-prepared")
     with spoken_at_exit():
-        report = prepare(folder, options.kind, out, options.may_download)
+        if options.may_download and options.kind == "person":
+            insightface_analysis()
+        report = prepare(folder, options.kind, out, options.shards)
     print(f"wrote {out}: {report.summary()}; see {out / 'report.md'}")
 
 

@@ -4,6 +4,8 @@ Each unit is gathered when it runs and divided again afterwards, so that a GPU h
 accelerate's launcher says whether to; its plugin for FSDP is not used, for it saves what is frozen too, in a form of its own.
 """
 
+from datetime import timedelta
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -14,10 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from nested_attention.encoder import QFormer
 from nested_attention.loading import best_device
 
+PATIENCE = timedelta(days=1)  # of those that wait for another one, which may read terabytes of shards through
+
 
 def this_process() -> PartialState:
     """Which of the run's processes this is. Where there is no GPU, accelerate connects them only if told that they are on a CPU."""
-    return PartialState(cpu=best_device().type == "cpu")
+    return PartialState(cpu=best_device().type == "cpu", timeout=PATIENCE)
 
 
 def asked_to_shard() -> bool:

@@ -21,6 +21,7 @@ from nested_attention.bases import ASSETS, BASES, Base, find_base
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.files import replaced
 from nested_attention.hub import record_file, spoken_errors
+from train.loop import last_logged
 
 CARD, IMAGE_ENCODER = "README.md", "image_encoder"
 STORYBOOK = "the Storybook world (`train.storybook`), drawn on the fly: a picture, its caption, and another picture of the same subject"
@@ -32,7 +33,7 @@ class Stage:
 
     Attributes:
         data: what it learned from, or None if that was not written down.
-        hours, loss, held_out: the last ones in its log; not every run holds something out.
+        hours: the last ones in its log.
         grids: step -> its sample grid.
     """
 
@@ -40,8 +41,6 @@ class Stage:
     steps: int
     batch_size: int
     hours: float
-    loss: float
-    held_out: float | None
     grids: dict[int, Path]
 
     @classmethod
@@ -51,18 +50,15 @@ class Stage:
         """
         try:
             made = json.loads((folder / "config.json").read_text())
-            logged: dict[str, float] = {}
-            for line in (folder / "log.jsonl").read_text().splitlines():
-                logged |= json.loads(line)
             loop, grids = made["loop"], {int(path.stem): path for path in sorted((folder / "grids").glob("[0-9]*.png"))}
-            return cls(made.get("data"), loop["steps"], loop["batch_size"], logged["hours"], logged["loss"], logged.get("held_out"), grids)
+            return cls(made.get("data"), loop["steps"], loop["batch_size"], last_logged(folder)["hours"], grids)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NestedAttentionError(f"the run {folder} is damaged ({error}); call `train.adapter` again, it resumes.") from error
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished adapter run, `stages` in their order; `config` has what was measured later among its metrics."""
+    """A finished adapter run, `stages` in their order."""
 
     adapter: Path
     config: AdapterConfig
@@ -80,12 +76,7 @@ class Run:
         adapter = folder / "adapter"
         if not (adapter / WEIGHTS).is_file():
             raise NestedAttentionError(f"{folder} holds no finished adapter; let `train.adapter` train it to its last step first.")
-        config, measured = read_config(adapter), folder / "metrics.json"
-        if measured.is_file():
-            try:
-                config = replace(config, metrics=config.metrics | json.loads(measured.read_text()))
-            except (ValueError, TypeError) as error:
-                raise NestedAttentionError(f"{measured} is damaged ({error}); write it again as names with numbers.") from error
+        config = read_config(adapter)
         stages = [Stage.read(stage) for stage in (*sorted(folder.glob("stage-*")), folder)]
         parameters = sum(value.numel() for value in read_weights(adapter / WEIGHTS).values())
         return cls(adapter, config, find_base(config.base), parameters, stages)
@@ -174,8 +165,6 @@ def card(run: Run, repo: str) -> str:
         "steps": f"{sum(steps):,}" + (f" ({' + '.join(f'{count:,}' for count in steps)})" if len(steps) > 1 else ""),
         "batch size": " and ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in run.stages)),
         "hours": f"{sum(stage.hours for stage in run.stages):g}",
-        "last loss": f"{last.loss:g}",
-        **({} if last.held_out is None else {"held-out loss": f"{last.held_out:g}"}),
         "parameters": f"{run.parameters / 1e6:.2f} million",
         **{name: f"{value:g}" for name, value in config.metrics.items()},
     }
@@ -252,6 +241,11 @@ def upload(repo: str, folder: Path, files: list[str], public: bool) -> ModelInfo
 
 
 def push(options: argparse.Namespace) -> None:
+    """Does what the command's arguments say.
+
+    Raises:
+        NestedAttentionError: the run is not finished, its folder cannot be written, or the Hub does not take it.
+    """
     if options.repo.count("/") != 1:
         raise NestedAttentionError(f"{options.repo!r} is not a repo id of the form user/name; check the spelling.")
     run = Run.read(options.run)

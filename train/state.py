@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nested_attention.errors import NestedAttentionError
-from nested_attention.files import replaced
+from nested_attention.files import put_back, replaced
 
 TENSORS = ("model", "average", "optimizer")
 
@@ -135,10 +135,10 @@ class Checkpoint:
         Raises:
             NestedAttentionError: a file is missing or damaged.
         """
-        path = self.folder / "progress.json"
-        if not path.exists():
+        put_back(self.folder)
+        if not self.folder.exists():
             return None
-        tensors = {}
+        path, tensors = self.folder / "progress.json", {}
         try:
             progress = json.loads(path.read_text())
             for name in TENSORS:

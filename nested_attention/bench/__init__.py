@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.bench.step import SCALES, step_table
+from nested_attention.bench.step import SCALES, Bench, build_unet, step_table
 from nested_attention.bench.visitor import visitor_table
+from nested_attention.files import replaced
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,11 @@ def run(options: argparse.Namespace) -> None:
         report["seconds"] = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"))
         for name, value in report["seconds"].items():
             print(f"  {name:36s} {value:8.3f} s")
-    report["step"] = step_table(options.scale, options.repeats, options.only)
-    print(f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'peak over stock':>16s} {'K/V cache':>10s}")
+    report["step"] = step_table(Bench(build_unet(options.scale)), options.repeats, options.only)
+    print(f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'peak':>9s} {'over stock':>11s} {'K/V cache':>10s}")
     for name, row in report["step"].items():
-        print(f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {row['extra_mb']:13.0f} MB {row['cache_mb']:7.0f} MB")
+        megabytes = f"{row['peak_mb']:6.0f} MB {row['extra_mb']:8.0f} MB {row['cache_mb']:7.0f} MB"
+        print(f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {megabytes}")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        with replaced(options.json) as fresh:
+            fresh.write_text(json.dumps(report, indent=1) + "\n")

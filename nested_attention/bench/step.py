@@ -12,29 +12,18 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from nested_attention.adapters import cross_attention_layers
 from nested_attention.attention import LayerSubject, NestedAttnProcessor
+from nested_attention.bases import UNETS, unet_settings
 from nested_attention.bench.yardsticks import DecoupledProcessor, DirectProcessor, randomize
 from nested_attention.condition import NestedCondition
 from nested_attention.loading import best_device, best_dtype
 from nested_attention.tracing import Recorder
 
-CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-SCALES: dict[str, dict] = {  # U-Net settings, and the side of the latent
-    "storybook": {
-        "sample_size": 16, "in_channels": 192, "out_channels": 192, "block_out_channels": (192, 320), "layers_per_block": 1, "attention_head_dim": (3, 5),
-        "down_block_types": (CROSS[0],) * 2, "up_block_types": (CROSS[1],) * 2, "cross_attention_dim": 256, "norm_num_groups": 16, "use_linear_projection": True,
-    },
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "down_block_types": ("DownBlock2D", CROSS[0], CROSS[0]), "up_block_types": (CROSS[1], CROSS[1], "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}  # fmt: skip
+SCALES = "storybook", *UNETS
 LENGTH, COLUMNS = 77, (5, 9, 13, 17)  # text tokens, and where the subjects' words stand
 COUNTS, SIZES = (1, 2, 4), (16, 256, 1024)
 
@@ -43,7 +32,7 @@ def build_unet(scale: str) -> UNet2DConditionModel:
     """The U-Net on the best device in its best dtype, random weights."""
     device = best_device()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SCALES[scale])
+        unet = UNet2DConditionModel.from_config(unet_settings(scale))
     unet = unet.to(best_dtype(device)).to_empty(device=device).eval().requires_grad_(False)
     randomize(unet)
     unet.set_attn_processor({name: NestedAttnProcessor(name) for name in unet.attn_processors})
@@ -64,7 +53,8 @@ class Bench:
         self.states = torch.randn(2, LENGTH, config.cross_attention_dim, **self.like)
         self.added = None
         if config.addition_embed_type == "text_time":
-            self.added = {"text_embeds": torch.randn(2, 1280, **self.like), "time_ids": torch.full((2, 6), 1024.0, **self.like)}
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            self.added = {"text_embeds": torch.randn(2, pooled, **self.like), "time_ids": torch.full((2, 6), 1024.0, **self.like)}
         self.layers = cross_attention_layers(self.unet)
         self.ours = dict(self.unet.attn_processors)
 
@@ -87,18 +77,10 @@ class Bench:
         side = self.unet.config.sample_size
         return NestedCondition(1, layers, Recorder((side, side), 1, len(self.layers)) if traced else None)
 
-    def with_processors(self, make: Callable[[object], object]) -> Callable[[], None]:
-        """A step with another processor in every cross-attention layer; ours come back afterwards."""
-        others = self.ours | {name: make(attention) for name, attention in self.layers.items()}
-
-        def run() -> None:
-            self.unet.set_attn_processor(dict(others))
-            try:
-                self.step()
-            finally:
-                self.unet.set_attn_processor(dict(self.ours))
-
-        return run
+    def install(self, make: Callable[[Attention], object] | None = None) -> None:
+        """Another processor into every cross-attention layer; without `make` ours."""
+        others = {} if make is None else {name: make(attention) for name, attention in self.layers.items()}
+        self.unet.set_attn_processor(self.ours | others)
 
     def tokens(self, count: int) -> Tensor:
         return torch.randn(1, count, self.unet.config.cross_attention_dim, **self.like)
@@ -108,44 +90,54 @@ def cache_megabytes(condition: NestedCondition) -> float:
     return sum(x.numel() * x.element_size() for layer in condition.layers.values() for s in layer for x in (s.key, s.value)) / 1e6
 
 
-def variants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None], float]]]:
-    """Name -> what prepares it: a step to time, and the megabytes of its key/value cache."""
+Step = tuple[Callable[[], None], float]  # what is timed, and the megabytes of its key/value cache
 
-    def ours(count: int, tokens: int, traced: bool = False) -> tuple[Callable[[], None], float]:
+
+def variants(bench: Bench) -> dict[str, Callable[[int], Step]]:
+    """Name -> what prepares it for a round of the given number."""
+
+    def ours(count: int, tokens: int, traced: bool, number: int) -> Step:
+        bench.install()
         condition = bench.condition(count, tokens, traced)
+        if condition.recorder is not None:
+            condition.recorder.step = number  # which layers are recorded depends on it
         return lambda: bench.step(condition), cache_megabytes(condition)
 
-    table: dict[str, Callable[[], tuple[Callable[[], None], float]]] = {"stock": lambda: (bench.step, 0.0)}
+    def another(make: Callable[[Attention], object] | None, number: int) -> Step:
+        bench.install(make)
+        return bench.step, 0.0
+
+    table: dict[str, Callable[[int], Step]] = {"stock": partial(another, None)}
     for count in COUNTS:
         for tokens in SIZES:
-            table[f"ours, {count} x {tokens}"] = partial(ours, count, tokens)
+            table[f"ours, {count} x {tokens}"] = partial(ours, count, tokens, False)
     table["ours, 1 x 1024, traced"] = partial(ours, 1, 1024, True)
-    table["direct form, 1 x 1024"] = lambda: (bench.with_processors(lambda a: DirectProcessor(a, bench.tokens(1024), COLUMNS[0])), 0.0)
-    table["decoupled cross-attention, 16"] = lambda: (bench.with_processors(lambda a: DecoupledProcessor(a, bench.tokens(16))), 0.0)
+    table["direct form, 1 x 1024"] = partial(another, lambda attention: DirectProcessor(attention, bench.tokens(1024), COLUMNS[0]))
+    table["decoupled cross-attention, 16"] = partial(another, lambda attention: DecoupledProcessor(attention, bench.tokens(16)))
     return table
 
 
-def step_table(scale: str, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, its ratio to stock round by round, extra peak memory, and the size of the cache."""
-    bench = Bench(build_unet(scale))
+def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
+    """Median seconds of a step, its ratio to stock round by round, peak memory and what it is above stock's, and the cache."""
     chosen = {name: make for name, make in variants(bench).items() if name == "stock" or not only or name in only}
     taken: dict[str, list[float]] = {name: [] for name in chosen}
     peaks: dict[str, float] = {}
     caches: dict[str, float] = {}
-    for round_number in range(repeats + 1):
-        for name, make in random.Random(round_number).sample(list(chosen.items()), len(chosen)):  # no one always comes last
-            step, caches[name] = make()  # made and dropped for every round: caches of all variants do not fit at once
+    for number in range(repeats + 1):
+        for name, make in random.Random(number).sample(list(chosen.items()), len(chosen)):  # no one always comes last
+            step, caches[name] = make(number)  # made and dropped for every round: caches of all variants do not fit at once
             step_seconds, peak = timed(step)
-            if round_number:
+            if number:
                 taken[name].append(step_seconds)
-                peaks[name] = max(peaks.get(name, 0.0), peak)
+                peaks[name] = max(peaks.get(name, 0.0), peak + caches[name])
             del step
-        print(f"  round {round_number} of {repeats}{'' if round_number else ', a warm-up'}", file=sys.stderr, flush=True)
+        print(f"  round {number} of {repeats}{'' if number else ', a warm-up'}", file=sys.stderr, flush=True)
     return {
         name: {
             "seconds": statistics.median(times),
             "ratio": statistics.median(a / b for a, b in zip(times, taken["stock"], strict=True)),
-            "extra_mb": peaks[name] + caches[name] - peaks["stock"],
+            "peak_mb": peaks[name],
+            "extra_mb": peaks[name] - peaks["stock"],
             "cache_mb": caches[name],
         }
         for name, times in taken.items()
@@ -153,7 +145,7 @@ def step_table(scale: str, repeats: int, only: list[str] | None) -> dict[str, di
 
 
 def timed(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one step, and its peak memory in MB above what was held before."""
+    """Seconds of one step, and its peak memory in MB above what was held before: weights and the key/value cache."""
     cuda = torch.cuda.is_available()
     before = reset_peak(cuda)
     start = time.perf_counter()

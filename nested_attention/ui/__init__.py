@@ -1,1 +1,1 @@
-"""The Gradio app. `studio` knows the pipeline and no Gradio; the panels know Gradio and only the studio."""
+"""The Gradio app. `studio` knows the pipeline and no Gradio; the panels know Gradio, and reach the pipeline through the studio's sessions."""

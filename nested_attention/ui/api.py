@@ -21,11 +21,15 @@ def build_api(studio: Studio) -> None:
     pipe = studio.pipe
 
     @on_gpu
-    def encode(kind: str, files: list[str] | None, placeholder: str, strength: float, request: gr.Request) -> dict[str, Any]:
-        """Encodes the pictures of one subject and keeps it in the session."""
+    def encode(
+        request: gr.Request, kind: str, files: list[str] | None, placeholder: str = "", strength: float = 1.0, lam: float | None = None,
+        token_weight: float = 1.0,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Encodes the pictures of one subject and keeps it in the session. `lam` is the adapter's own if not given."""
         try:
             slot = Slot(kind, tuple(files or ()), strength)
-            subject = studio.encode(studio.session(str(request.session_hash)), slot, placeholder or None)
+            session = studio.session(str(request.session_hash))
+            subject = studio.encode(session, slot, placeholder or None, lam=lam, token_weight=token_weight)
         except NestedAttentionError as error:
             raise spoken(error) from error
         return {"placeholder": subject.placeholder, "kind": subject.kind, "pictures": len(subject.images), "tokens": subject.num_tokens}
@@ -56,16 +60,19 @@ def build_api(studio: Studio) -> None:
         except NestedAttentionError as error:
             raise spoken(error) from error
         tokens = [{"token": token, "share": share} for token, share in report.tokens]
-        return {"words": report.words, "subjects": report.subjects, "tokens": tokens, "patches": report.patches.tolist()}
+        return {"words": report.words, "tokens": tokens, "patches": report.patches.tolist()}
 
     with gr.Row(visible=False):
         kind, placeholder, prompt, negative = (gr.Textbox() for _ in range(4))
         files = gr.File(file_count="multiple", type="filepath")
-        strength, count, steps = gr.Number(1.0), gr.Number(1), gr.Number(pipe.base.steps)
+        strength, lam, token_weight = gr.Number(1.0), gr.Number(None), gr.Number(1.0)
+        count, steps = gr.Number(1), gr.Number(pipe.base.steps)
         guidance, seed = gr.Number(pipe.base.guidance_scale), gr.Number(0, precision=0)
         picture, x, y = gr.Number(0), gr.Number(0.5), gr.Number(0.5)
         answer, parameters, shares, pictures = gr.JSON(), gr.JSON(), gr.JSON(), gr.Files()
-        gr.Button().click(encode, [kind, files, placeholder, strength], answer, api_name="encode", concurrency_id="pipeline")
+        gr.Button().click(
+            encode, [kind, files, placeholder, strength, lam, token_weight], answer, api_name="encode", concurrency_id="pipeline",
+        )  # fmt: skip
         gr.Button().click(
             generate,
             [prompt, negative, count, steps, guidance, seed],

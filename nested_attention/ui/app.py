@@ -72,11 +72,11 @@ def build_app(studio: Studio) -> gr.Blocks:
                     dropped = gr.File(label="A PNG made here", type="filepath", file_types=[".png"], height=110, elem_id="dropped")
         with gr.Row():  # a row of its own: on a phone the pictures follow the button at once
             with gr.Column(scale=5, min_width=320):
-                build_ready_made(prompt)
+                ready_made = build_ready_made(prompt)
                 controls = build_advanced(prompt, studio.pipe, start)
                 models = build_models(studio)
             with gr.Column(scale=6, min_width=320):
-                inside, _ = build_inside(studio)
+                inside = build_inside(studio)
 
         handlers = Handlers(studio, examples)
         outputs = [gallery, status, notice, offer, controls.seed]
@@ -84,25 +84,24 @@ def build_app(studio: Studio) -> gr.Blocks:
             [generate_button.click, prompt.submit], handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        running.success(handlers.look_inside, None, [*inside.choices, *inside.pictures], api_visibility="private")
-        cancel.click(handlers.cancelled, None, [gallery, status], cancels=[running], api_visibility="private", queue=False)
+        compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
+        cancel.click(handlers.cancelled, None, [gallery, status], cancels=[running, compared], api_visibility="private", queue=False)
         offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")
         for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")
-        compare.click(handlers.compare, None, slider, concurrency_id="pipeline", api_visibility="private")
-        restored = dropped.upload(
-            handlers.restore, dropped, [*controls.inputs, *slots.inputs, slots.opened, notice], api_visibility="private"
-        )
-        picked = covers.select(
-            handlers.pick, None, [prompt, controls.seed, gallery, status, *slots.inputs, slots.opened], api_visibility="private"
-        )
+        page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
+        restored = dropped.upload(handlers.restore, dropped, page_values, api_visibility="private")
+        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], api_visibility="private")
+        chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, api_visibility="private")
         kinds = [panel.kind for panel in slots.panels]
         adapted = [slots.no_adapter, *kinds, *(panel.framing for panel in slots.panels), *controls.adapted]
         loaded = models.load.click(
             use_model(studio, model_updates, len(adapted)), [models.base, models.adapter, *kinds], [models.about, models.note, *adapted],
             concurrency_id="pipeline", api_visibility="private",
         )  # fmt: skip
-        for filled in (restored, picked, loaded):
+        for drawn in (running.success, picked.then, loaded.then):
+            drawn(handlers.look_inside, None, inside.all, api_visibility="private")
+        for filled in (restored, picked, chosen, loaded):
             filled.then(slots.redraw, slots.inputs, slots.drawn, api_visibility="private")
         build_api(studio)
         page.unload(handlers.close)

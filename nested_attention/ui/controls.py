@@ -1,6 +1,6 @@
 """Prompt box and advanced settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import gradio as gr
 
@@ -14,7 +14,7 @@ WITHOUT_SUBJECTS = "a cat on the beach"  # the first prompt where a model has no
 
 @dataclass(frozen=True)
 class Controls:
-    """The components that decide a generation, besides the slots."""
+    """The components that decide a generation, besides the slots, in the order of the values that handlers take and give."""
 
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
@@ -28,16 +28,17 @@ class Controls:
 
     @property
     def inputs(self) -> list[gr.components.Component]:
-        """In the order of the arguments of `app.generate`."""
-        return [
-            self.prompt, self.negative_prompt, self.num_images, self.steps, self.guidance_scale, self.seed, self.new_seed, self.lam,
-            self.token_weight,
-        ]  # fmt: skip
+        """All of them."""
+        return [getattr(self, control.name) for control in fields(self)]
 
     @property
     def adapted(self) -> list[gr.components.Component]:
         """Those whose defaults depend on the model, in the order of `knob_defaults`."""
         return [self.steps, self.guidance_scale, self.negative_prompt, self.lam]
+
+
+CONTROLS = len(fields(Controls))
+PICTURES, SEED = 4, 7  # at first
 
 
 def knob_defaults(pipe: NestedAttentionPipeline) -> list[float | str]:
@@ -56,9 +57,9 @@ def build_prompt(start: Example | None, names: gr.Markdown) -> gr.Textbox:
     return prompt
 
 
-def build_ready_made(prompt: gr.Textbox) -> None:
-    """Prompts that one click writes into `prompt`."""
-    gr.Examples([[text] for text in READY_MADE], [prompt], label="Ready-made prompts", examples_per_page=8)
+def build_ready_made(prompt: gr.Textbox) -> gr.Dataset:
+    """Prompts for `prompt` to choose from."""
+    return gr.Dataset(components=[prompt], samples=[[text] for text in READY_MADE], label="Ready-made prompts", samples_per_page=8)
 
 
 def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Example | None) -> Controls:
@@ -67,7 +68,7 @@ def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Exa
     with gr.Accordion("Advanced", open=False):
         with gr.Row():
             num_images = gr.Slider(
-                *RANGES["num_images"], 4, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140
+                *RANGES["num_images"], PICTURES, step=1, label="Pictures", info="How many; picture k uses seed + k.", min_width=140
             )
             steps = gr.Slider(
                 *RANGES["steps"], default_steps, step=1, label="Steps", min_width=140, elem_id="steps",
@@ -80,11 +81,14 @@ def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Exa
             )  # fmt: skip
             with gr.Column(min_width=140):
                 seed = gr.Number(
-                    start.seed if start else 7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed",
+                    start.seed if start else SEED, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed",
                     info="The same seed repeats the same picture.",
                 )  # fmt: skip
                 new_seed = gr.Checkbox(
-                    False, label="New seed every time", info="Each press draws other pictures and writes their seed above."
+                    False,
+                    label="New seed every time",
+                    elem_id="new-seed",
+                    info="Each press draws other pictures and writes their seed above.",
                 )
         with gr.Row():
             lam = gr.Slider(
@@ -92,7 +96,7 @@ def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Exa
                 info="Length of the subject's value: more pushes its looks harder, also where they do not belong.",
             )  # fmt: skip
             weight = gr.Slider(
-                0.1, MAX_TOKEN_WEIGHT, 1.0, step=0.1, label="Token weight", min_width=140,
+                0.05, MAX_TOKEN_WEIGHT, 1.0, step=0.05, label="Token weight", min_width=140,
                 info="How loudly the subject's word competes with the other words.",
             )  # fmt: skip
         negative = gr.Textbox(default_negative, label="Negative prompt", info="What the pictures should not show.")

@@ -16,6 +16,7 @@ SHOWN = 512  # side in pixels of the longer edge of explanatory pictures
 
 
 def enlarged(image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The picture with `SHOWN` pixels along its longer edge."""
     scale = SHOWN / max(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), resample)
 
@@ -70,14 +71,11 @@ class PointReport:
 
     Attributes:
         words: share of the attention there, by subject and for all other words together; sums to 1.
-        subjects: each subject's part in the value that came of it: its word's share times its strength. What is left of a
-            share at a strength below 1 stays the ordinary word's.
         tokens: the subject's tokens that answer there and their shares, strongest first.
         patches: share of every patch of the reference pictures, `(P,)`; sums to 1.
     """
 
     words: dict[str, float]
-    subjects: dict[str, float]
     tokens: list[tuple[int, float]]
     patches: Tensor
 
@@ -100,12 +98,11 @@ def explain_point(
     height, width = shares[placeholder].shape
     cell = int(y * height), int(x * width)
     words = {name: float(share[cell]) for name, share in shares.items()}
-    subjects = {subject.placeholder: words[subject.placeholder] * subject.strength for subject in result.subjects}
     words["all other words"] = max(0.0, 1.0 - sum(words.values()))
     nested = maps.nested(resolution, third)[picture][cell]
     top = nested.topk(min(count, len(nested)))
     tokens = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return PointReport(words, subjects, tokens, maps.lens(resolution, third)[picture][cell])
+    return PointReport(words, tokens, maps.lens(resolution, third)[picture][cell])
 
 
 def reference_heat(result: Result, placeholder: str, patches: Tensor) -> list[Image.Image]:

@@ -1,7 +1,6 @@
 """On Hugging Face ZeroGPU a function must ask for the GPU; anywhere else this does nothing."""
 
-import importlib
-import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +8,5 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def on_gpu(function: Function) -> Function:
-    """`spaces.GPU` where the `spaces` package is installed."""
-    if importlib.util.find_spec("spaces") is None:
-        return function
-    return importlib.import_module("spaces").GPU(function)
+    """`spaces.GPU` where `app.py` found the `spaces` package; it has to be imported before torch, so it is not looked for here."""
+    return sys.modules["spaces"].GPU(function) if "spaces" in sys.modules else function

@@ -2,24 +2,25 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from nested_attention import NestedAttentionError, Progress, Subject
-from nested_attention.prompts import PLACEHOLDER
-from nested_attention.provenance import Provenance, read_provenance
+from nested_attention.prompts import PLACEHOLDER, placeholders
+from nested_attention.provenance import Provenance, SubjectNote, read_provenance
 from nested_attention.settings import MAX_SEED, MAX_SUBJECTS
+from nested_attention.ui.controls import CONTROLS, PICTURES, knob_defaults
 from nested_attention.ui.examples import Example, example_sources
 from nested_attention.ui.explain import enlarged
 from nested_attention.ui.gpu import on_gpu
 from nested_attention.ui.inside import reset
-from nested_attention.ui.slots import VALUES, framing_of, no_adapter_for, read_slots, slot_updates
+from nested_attention.ui.slots import VALUES, empty_slot, face_number, framings, no_adapter_for, read_slots, slot_updates
 from nested_attention.ui.studio import Result, Session, Slot, Studio, missing_placeholders, put_into_prompt, result_of, slot_names
 
 PREVIEW_EVERY = 3  # steps between two previews
-CONTROLS = 9  # how many values of `Controls.inputs` come before those of the slots
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
     "person": ("a person", "a man", "a woman", "someone", "person"),
@@ -40,6 +41,8 @@ class Handlers:
     def __init__(self, studio: Studio, examples: Sequence[Example]):
         self.studio, self.examples = studio, examples
         self.shipped = example_sources(examples)
+        self.ours = {slot.kind: slot for example in reversed(examples) for slot in example.slots}  # of every kind the first
+        self.our_files = {Path(file).read_bytes() for example in examples for slot in example.slots for file in slot.files}
         self.generate = on_gpu(self._generate)
         self.compare = on_gpu(self._compare)
 
@@ -51,11 +54,13 @@ class Handlers:
         session = self._session(request)
         prompt, negative, num_images, steps, guidance, seed, new_seed, lam, token_weight = values[:CONTROLS]
         seed = random.randrange(MAX_SEED) if new_seed or seed is None else seed
-        quiet = (gr.skip(), gr.skip(), "", gr.Button(visible=False), gr.skip())
-        yield (gr.skip(), "Looking at the subjects …", *quiet[2:])
+        quiet = "", hidden(), gr.skip()
+        session.running = True
+        yield (gr.skip(), "Looking at the subjects …", *quiet)
         try:
             subjects = self.studio.subjects_of_slots(session, read_slots(values[CONTROLS:]), lam=lam, token_weight=token_weight)
             if missing := missing_placeholders(prompt, subjects):
+                session.running = False
                 yield (gr.skip(), "", *offer_to_insert(missing), gr.skip())
                 return
             for event in self.studio.generate(
@@ -65,25 +70,29 @@ class Handlers:
                     pictures: Any = gr.skip()
                     if event.step % PREVIEW_EVERY == 1:
                         pictures, session.previewing = [enlarged(image) for image in event.previews()], True
-                    yield (pictures, f"Step {event.step} of {event.steps}", *quiet[2:])
+                    yield (pictures, f"Step {event.step} of {event.steps}", *quiet)
                 else:
-                    session.previewing = False
-                    yield (list(event.files), finished(event), "", gr.Button(visible=False), event.generation.settings.seed)
+                    session.running = session.previewing = False
+                    yield (list(event.files), finished(event), "", hidden(), event.generation.settings.seed)
         except NestedAttentionError as error:
-            yield (self._unfinished(session), "", warned(error), gr.Button(visible=False), gr.skip())
+            yield (self._unfinished(session), "", warned(error), hidden(), gr.skip())
 
     def _unfinished(self, session: Session) -> Any:
         """What the gallery goes back to where a run ends too early: the last finished pictures in place of half-denoised ones."""
+        session.running = False
         if not session.previewing:
             return gr.skip()
         session.previewing = False
         return list(session.result.files) if session.result else []
 
-    def cancelled(self, request: gr.Request) -> tuple[Any, str]:
-        """Values for gallery and status."""
-        return self._unfinished(self._session(request)), "Cancelled."
+    def cancelled(self, request: gr.Request) -> tuple[Any, Any]:
+        """Values for gallery and status; nothing changes where nothing was under way."""
+        session = self._session(request)
+        status = "Cancelled." if session.running else gr.skip()
+        return self._unfinished(session), status
 
     def look_inside(self, request: gr.Request) -> list:
+        """Values for all of "Look inside"."""
         return reset(self.studio, str(request.session_hash))
 
     def insert_missing(self, request: gr.Request, *values: Any) -> tuple:
@@ -94,24 +103,33 @@ class Handlers:
                 prompt = put_into_prompt(prompt, subject.placeholder, ORDINARY.get(subject.kind, (subject.kind,)))
         except NestedAttentionError as error:
             return gr.skip(), warned(error), gr.skip()
-        return prompt, "Done; press Generate.", gr.Button(visible=False)
+        return prompt, "Done; press Generate.", hidden()
 
-    def _compare(self, request: gr.Request) -> tuple[Image.Image, Image.Image]:
+    def _compare(self, request: gr.Request) -> Iterator[tuple]:
+        """Yields values for the slider, without and with the subjects, and status."""
         session = self._session(request)
+        session.running = True
         try:
-            return enlarged(self.studio.without_subjects(session)), enlarged(result_of(session).generation.images[0])
+            result = result_of(session)
+            for event in self.studio.without_subjects(session):
+                if isinstance(event, Progress):
+                    yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
+                else:
+                    session.running = False
+                    yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
         except NestedAttentionError as error:
+            session.running = False
             raise gr.Error(str(error), print_exception=False) from error
 
     def restore(self, path: str | None, request: gr.Request) -> list:
-        """Values for controls, slots, which of them are open, and the notice, from a dropped PNG."""
+        """Values for controls, slots, which of them are open, notice and offer, from a dropped PNG."""
         nothing = [gr.skip()] * (CONTROLS + VALUES * MAX_SUBJECTS + 1)
         if path is None:
-            return [*nothing, ""]
+            return [*nothing, "", hidden()]
         try:
             made = read_provenance(path)
         except NestedAttentionError as error:
-            return [*nothing, warned(error)]
+            return [*nothing, warned(error), hidden()]
         session = self._session(request)
         prompt, slots, told = restored(made, session, self.shipped | session.sources)
         settings = made.settings
@@ -119,16 +137,46 @@ class Handlers:
         controls = [
             prompt, settings.negative_prompt, settings.num_images, settings.steps, settings.guidance_scale, settings.seed, False, *knobs,
         ]  # fmt: skip
-        return [*controls, *slot_updates(slots), told]
+        return [*controls, *slot_updates(session.pipe, slots), told, hidden()]
 
     def pick(self, event: gr.SelectData, request: gr.Request) -> list:
-        """Fills in an example: prompt, seed, gallery, status, slots, and which slots are open."""
-        example, pipe = self.examples[event.index], self._session(request).pipe
+        """Fills in an example, which was drawn with the model's defaults: values as of `restore`, then gallery and status.
+
+        What was drawn before is forgotten, for the gallery no longer shows it.
+        """
+        example, session = self.examples[event.index], self._session(request)
+        session.result, pipe = None, session.pipe
+        steps, guidance, negative, lam = knob_defaults(pipe)
+        controls = [example.prompt, negative, PICTURES, steps, guidance, example.seed, False, lam, 1.0]
         known = [slot for slot in example.slots if slot.kind in pipe.kinds]
         unknown = [f"⚠️ {no_adapter_for(pipe, slot.kind)}" for slot in example.slots if slot not in known]
-        return [example.prompt, example.seed, list(example.results), " ".join([EXAMPLE, *unknown]), *slot_updates(known)]
+        return [*controls, *slot_updates(pipe, known), "", hidden(), list(example.results), " ".join([EXAMPLE, *unknown])]
+
+    def ready_made(self, sample: list[str], request: gr.Request, *values: Any) -> list:
+        """Writes a ready-made prompt and sees to the subjects that it names: values as of `restore`, from those of the slots.
+
+        Somebody's own pictures stay. Those of examples come where a subject is missing, and go where the prompt names none.
+        """
+        pipe, (prompt,) = self._session(request).pipe, sample
+        filled = [slot for slot in read_slots(values) if slot.files]
+        chosen, told = [slot for slot in filled if not self._is_ours(slot)], []
+        ours = self.ours | {slot.kind: slot for slot in filled if self._is_ours(slot)}
+        for name in placeholders(prompt):
+            kind = name[1:-1]
+            if kind not in pipe.kinds:
+                told.append(f"⚠️ {no_adapter_for(pipe, kind)}")
+            elif name not in slot_names([slot.kind for slot in chosen]) and kind in ours and len(chosen) < MAX_SUBJECTS:
+                chosen.append(ours[kind])
+                if ours[kind] not in filled:
+                    told.append(f"`{name}` is one of our examples; press Generate, or add pictures of your own.")
+        return [prompt, *[gr.skip()] * (CONTROLS - 1), *slot_updates(pipe, chosen), " ".join(told), hidden()]
+
+    def _is_ours(self, slot: Slot) -> bool:
+        """Whether a slot shows an example's pictures. The page's files are copies, so it is their content that tells."""
+        return all(Path(file).read_bytes() in self.our_files for file in slot.files)
 
     def close(self, request: gr.Request) -> None:
+        """Forgets a visitor who left."""
         self.studio.close(str(request.session_hash))
 
 
@@ -146,14 +194,31 @@ def restored(made: Provenance, session: Session, sources: Mapping[str, Slot]) ->
             files = tuple(slot.files[0] for slot in found)
             slots.append(Slot(note.kind, files, note.strength, found[0].framing, found[0].crop))
         else:
-            slots.append(Slot(note.kind, (), note.strength, framing_of(session.pipe, note.kind)))
+            slots.append(waiting(note, session))
             lost.append(names[note.placeholder])
     if made.base != session.pipe.base.name:
         told.append(f"⚠️ It was made with {made.base}; {session.pipe.base.name}, which is in use, draws another picture.")
+    elif others := dict.fromkeys(n.kind for n in known if n.adapter not in ("", session.pipe.adapters[n.kind].revision)):
+        told.append(f"⚠️ It was made with another adapter for {' and '.join(others)}; the one in use draws another picture.")
+    if len({(note.lam, note.token_weight) for note in known}) > 1:
+        knobs = ", ".join(f"`{names[note.placeholder]}` {note.lam:g} and {note.token_weight:g}" for note in known)
+        told.append(f"⚠️ Its subjects had λ and token weights of their own ({knobs}); on this page all have those of the first.")
     told += [f"⚠️ {no_adapter_for(session.pipe, note.kind)}" for note in made.subjects if note not in known]
     if lost:
         told.append(f"Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them.")
     return PLACEHOLDER.sub(lambda match: names.get(match.group().lower(), match.group()), made.settings.prompt), slots, " ".join(told)
+
+
+def waiting(note: SubjectNote, session: Session) -> Slot:
+    """A slot for pictures that have to be added again, to be framed as they were where their kind can be."""
+    slot = replace(empty_slot(session.pipe, note.kind), strength=note.strength)
+    known = note.framing in [way for _, way in framings(note.kind, face_number(note.framing))]
+    return replace(slot, framing=note.framing, crop=note.crop) if known else slot
+
+
+def hidden() -> gr.Button:
+    """No offer."""
+    return gr.Button(visible=False)
 
 
 def warned(error: NestedAttentionError) -> str:
@@ -162,11 +227,13 @@ def warned(error: NestedAttentionError) -> str:
 
 
 def offer_to_insert(missing: Sequence[Subject]) -> tuple[str, gr.Button]:
+    """The notice about forgotten placeholders, and the button that writes them."""
     names = " and ".join(subject.placeholder for subject in missing)
     return f"⚠️ The prompt does not say where `{names}` should be.", gr.Button(f"Put {names} into the prompt", visible=True)
 
 
 def finished(result: Result) -> str:
+    """The status after a generation: what repeats it."""
     settings = result.generation.settings
     last = f"–{settings.seed + settings.num_images - 1}" if settings.num_images > 1 else ""
     return f"Done. Seed {settings.seed}{last}, {settings.steps} steps, guidance {settings.guidance_scale:g}."

@@ -11,12 +11,15 @@ from nested_attention.ui.studio import Result, Studio, result_of
 
 PARTS = {"all steps": None, "beginning": 0, "middle": 1, "end": 2}
 INTRO = "Everything here was recorded while the picture was drawn, and every share is a probability. Click into the first picture."
+NOTHING_YET = "Press Generate first: what is shown here is recorded while pictures are drawn."
+NO_SUBJECT = "The last pictures were drawn without a subject, so there is nothing to look into."
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Choices and pictures of the panel."""
+    """Introduction, choices, pictures, and the explanation of a clicked point."""
 
+    intro: gr.Markdown
     subject: gr.Radio
     number: gr.Radio
     resolution: gr.Radio
@@ -30,16 +33,24 @@ class Inside:
 
     @property
     def choices(self) -> list[gr.Radio]:
+        """In the order of the last arguments of `show`."""
         return [self.subject, self.number, self.resolution, self.part]
 
     @property
-    def pictures(self) -> list[gr.components.Component]:
-        return [self.outer, self.regions, self.values, self.flat]
+    def shown(self) -> list[gr.components.Component]:
+        """In the order of what `show` returns."""
+        return [self.outer, self.regions, self.values, self.flat, self.point, self.reference]
+
+    @property
+    def all(self) -> list[gr.components.Component]:
+        """In the order of what `reset` returns."""
+        return [self.intro, *self.choices, *self.shown]
 
 
-def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
-    with gr.Accordion("Look inside", open=False, elem_id="inside") as accordion:
-        gr.Markdown(INTRO)
+def build_inside(studio: Studio) -> Inside:
+    """The panel, closed; it shows nothing before somebody generates."""
+    with gr.Accordion("Look inside", open=False, elem_id="inside"):
+        intro = gr.Markdown(NOTHING_YET, elem_id="inside-intro")
         with gr.Row():
             subject = gr.Radio([], label="Subject", elem_id="inside-subject", min_width=140)
             number = gr.Radio([], label="Picture", min_width=140)
@@ -63,7 +74,7 @@ def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
             with gr.Column(min_width=200):
                 gr.Markdown("**The ordinary word instead:** one value everywhere")
                 flat = gr.Image(interactive=False, buttons=[], show_label=False)
-    panel = Inside(subject, number, resolution, part, outer, areas, values, flat, point, reference)
+    panel = Inside(intro, subject, number, resolution, part, outer, areas, values, flat, point, reference)
 
     def refresh(name: str, which: str, grid: str, when: str, request: gr.Request) -> list:
         return show(studio, str(request.session_hash), name, which, grid, when)
@@ -72,9 +83,9 @@ def build_inside(studio: Studio) -> tuple[Inside, gr.Accordion]:
         return explain(studio, str(request.session_hash), name, which, grid, when, event.index)
 
     for choice in panel.choices:
-        choice.input(refresh, panel.choices, panel.pictures, api_visibility="private")
+        choice.input(refresh, panel.choices, panel.shown, api_visibility="private")
     outer.select(clicked, panel.choices, [point, reference], api_visibility="private")
-    return panel, accordion
+    return panel
 
 
 def grid_of(name: str) -> Grid | None:
@@ -83,7 +94,7 @@ def grid_of(name: str) -> Grid | None:
 
 
 def reset(studio: Studio, session: str) -> list:
-    """New choices after a generation, and the pictures for the first of each: values of `choices + pictures`."""
+    """What to look into after a generation or before any: values of `Inside.all`, with the first of each choice."""
     result = studio.session(session).result
     if result is None or not result.subjects:
         nothing = [
@@ -92,7 +103,7 @@ def reset(studio: Studio, session: str) -> list:
             gr.Radio(["all"], value="all"),
             gr.Radio(list(PARTS), value="all steps"),
         ]
-        return [*nothing, None, None, None, None]
+        return [NOTHING_YET if result is None else NO_SUBJECT, *nothing, None, None, None, None, *unexplained()]
     names = [subject.placeholder for subject in result.subjects]
     numbers = [str(k + 1) for k in range(len(result.files))]
     grids = ["all", *(f"{height} x {width}" for height, width in result.maps.resolutions)]
@@ -102,20 +113,25 @@ def reset(studio: Studio, session: str) -> list:
         gr.Radio(grids, value="all"),
         gr.Radio([part for part, third in PARTS.items() if third is None or third in result.maps.thirds], value="all steps"),
     ]
-    return [*choices, *show(studio, session, names[0], "1", "all", "all steps")]
+    return [INTRO, *choices, *show(studio, session, names[0], "1", "all", "all steps")]
 
 
 def show(studio: Studio, session: str, name: str, which: str, grid: str, when: str) -> list:
-    """The panel's pictures for the given choices."""
+    """The panel's pictures for the given choices; a point that was explained in others is forgotten."""
     try:
         result = result_of(studio.session(session))
         maps, number, resolution, third = result.maps.subject(name), int(which) - 1, grid_of(grid), PARTS[when]
         image = result.generation.images[number]
         values, flat = value_picture(maps, number, resolution or result.maps.resolutions[0], third)
         outer = heat(image, maps.outer(resolution or "mean", third)[number])
-        return [outer, regions(image, maps, number, resolution, third), values, flat]
+        return [outer, regions(image, maps, number, resolution, third), values, flat, *unexplained()]
     except NestedAttentionError as error:
         raise gr.Error(str(error), print_exception=False) from error
+
+
+def unexplained() -> list:
+    """Values of `point` and `reference` before a click."""
+    return ["", gr.Gallery(None, visible=False)]
 
 
 def explain(studio: Studio, session: str, name: str, which: str, grid: str, when: str, pixel: tuple[int, int]) -> tuple[str, gr.Gallery]:
@@ -134,9 +150,9 @@ def explain(studio: Studio, session: str, name: str, which: str, grid: str, when
 def told(result: Result, name: str, report: PointReport) -> str:
     """The report in words."""
     words = ", ".join(f"`{word}` {share:.0%}" for word, share in report.words.items())
-    subjects = ", ".join(f"`{s.placeholder}` {report.subjects[s.placeholder]:.0%} (at strength {s.strength:g})" for s in result.subjects)
+    strength = result.maps.subject(name).subject.strength
     tokens = ", ".join(f"token {token} ({share:.0%})" for token, share in report.tokens)
     return (
-        f"At this point attention goes to: {words}.  \nBy share times strength, the subjects' pictures give of its value: {subjects}; "
-        f"the rest are ordinary words.  \nOf `{name}`, the strongest answers come from: {tokens}. These were read from:"
+        f"At this point attention goes to: {words}.  \n`{name}` has strength {strength:g}: its value lies {strength:.0%} of the way "
+        f"from the ordinary word's to that of its pictures.  \nOf `{name}`, the strongest answers come from: {tokens}. These were read from:"
     )

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
-from nested_attention.bases import BASES, find_base
-from nested_attention.estimate import Estimate, estimate
+from nested_attention.adapters import WEIGHTS, list_adapters, read_config
+from nested_attention.bases import BASES, Base, find_base
+from nested_attention.estimate import Estimate, adapter_here, estimate
 from nested_attention.faces import insightface_analysis, insightface_ready
 from nested_attention.released import LICENCE, REPO
 from nested_attention.ui.studio import Studio
 
 OWN = "those that come with the base"
+RUNS = Path("runs")  # where trainings and `import-released` leave adapters, if they are not told another folder
 FETCH_FACES = "Fetch insightface's models for it: about 280 MB, non-commercial research only"
 
 
@@ -37,8 +40,8 @@ def build_models(studio: Studio) -> ModelPanel:
                 info="A name, a diffusers folder, or a Hub repo id of the architecture of SDXL or SD 1.5.",
             )  # fmt: skip
             adapter = gr.Dropdown(
-                list(dict.fromkeys((OWN, REPO, started))), value=started, allow_custom_value=True, label="Adapter", min_width=150,
-                elem_id="adapter", info="A folder, or the repo id of a pushed adapter.",
+                list(dict.fromkeys((OWN, REPO, *local_adapters(), started))), value=started, allow_custom_value=True, label="Adapter",
+                min_width=150, elem_id="adapter", info="A folder, or the repo id of a pushed adapter.",
             )  # fmt: skip
         about = gr.Markdown(loaded_text(pipe), elem_id="about-model")
         load = gr.Button("Use this model", size="sm", elem_id="load")
@@ -71,16 +74,47 @@ def adapter_of(choice: str | None) -> str | None:
     return None if choice in (None, "", OWN) else choice
 
 
+def local_adapters() -> list[str]:
+    """The folders of adapters below `RUNS`."""
+    return sorted(str(path.parent) for below in ("*", "*/adapter") for path in RUNS.glob(f"{below}/{WEIGHTS}"))
+
+
 def described(studio: Studio, name: str, adapter: str) -> tuple[str, str]:
-    """What the chosen model costs, in words; and the problem, if there is one."""
+    """What the chosen model and adapter are and cost, in words; and the problem, if there is one."""
+    chosen = adapter_of(adapter)
     try:
         preset = find_base(name)
+        beside, cost = adapter_text(preset, chosen), estimate(preset, studio.pipe.device, chosen)
     except NestedAttentionError as error:
         return "", f"⚠️ {error}"
-    cost = estimate(preset, studio.pipe.device)
-    comes = "" if preset.adapters or adapter_of(adapter) else " It brings no adapter: choose one, or prompts go without subjects."
-    released = f" The released adapter is {LICENCE}: not for commercial use." if adapter == REPO else ""
-    return f"**{preset.name}** · licence {preset.licence} · {cost_text(cost, studio.pipe)}.{comes}{released}", ""
+    return f"**{preset.name}** · licence {preset.licence} · {cost_text(cost, studio.pipe)}. {beside}", ""
+
+
+def adapter_text(preset: Base, adapter: str | None) -> str:
+    """What the chosen adapter is, or those that come with the base: kind, size, the base that it was made for, licence.
+
+    Raises:
+        NestedAttentionError: it is on this machine and damaged, or a folder that is none.
+    """
+    if adapter is None:
+        folders = list(list_adapters(preset.adapters).values()) if preset.adapters else []
+        if not folders:
+            return "It brings no adapter: choose one, or prompts go without subjects."
+    elif (folder := adapter_here(adapter)) is not None:
+        folders = [folder]
+    elif adapter.partition("@")[0] == REPO:
+        return f"Adapter: person, for sdxl, {spoken_licence(LICENCE)}."
+    else:
+        return "The adapter's licence stands on its page on the Hub."
+    lines = []
+    for folder in folders:
+        config, size = read_config(folder), sum(path.stat().st_size for path in folder.glob(WEIGHTS))
+        lines.append(f"{config.kind}, {size / 1e6:.0f} MB, for {config.base}, {spoken_licence(config.licence)}")
+    return f"Adapter{'s' if len(lines) > 1 else ''}: {'; '.join(lines)}."
+
+
+def spoken_licence(licence: str) -> str:
+    return f"licence {licence}" + (" (not for commercial use)" if "-NC" in licence.upper() else "")
 
 
 def cost_text(cost: Estimate, pipe: NestedAttentionPipeline) -> str:

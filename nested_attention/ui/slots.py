@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -37,6 +36,7 @@ class SlotPanel:
 
     @property
     def inputs(self) -> list[gr.components.Component]:
+        """What makes a `Slot`, in the order of `slot_of`."""
         return [self.kind, self.files, self.strength, self.framing, *self.sides]
 
     @property
@@ -60,15 +60,15 @@ def read_slots(values: Sequence[Any]) -> list[Slot]:
     return [slot_of(values[start : start + VALUES]) for start in range(0, len(values), VALUES)]
 
 
-def slot_updates(slots: Sequence[Slot]) -> list:
-    """Values for all panels' `inputs`, then the numbers of the slots to open: the given slots first, the rest emptied."""
-    values: list = []
-    for slot in slots:
-        framing = gr.Dropdown(framings(slot.kind, face_number(slot.framing)), value=slot.framing)
-        values += [slot.kind, list(slot.files), slot.strength, framing, *(round(100 * side) for side in slot.crop)]
-    for _ in range(len(slots), MAX_SUBJECTS):
-        values += [gr.skip(), None, 1.0, gr.skip(), *SIDES.values()]
-    return [*values, opened_for(slots)]
+def panel_values(slot: Slot) -> list:
+    """Values for one panel's `inputs`."""
+    framing = gr.Dropdown(framings(slot.kind, face_number(slot.framing)), value=slot.framing)
+    return [slot.kind or None, list(slot.files) or None, slot.strength, framing, *(round(100 * side) for side in slot.crop)]
+
+
+def slot_updates(pipe: NestedAttentionPipeline, slots: Sequence[Slot]) -> list:
+    """Values for all panels' `inputs`, then the numbers of the slots to open: the given slots first, the rest as on a fresh page."""
+    return [*(value for slot in first_slots(pipe, slots) for value in panel_values(slot)), opened_for(slots)]
 
 
 def opened_for(slots: Sequence[Slot]) -> list[int]:
@@ -109,6 +109,7 @@ class Seen:
 
 
 def seen(pipe: NestedAttentionPipeline, slot: Slot) -> Seen:
+    """Frames the pictures of a slot as they will be encoded; a problem is said in the note."""
     if slot.files and slot.kind not in pipe.adapters:
         return Seen([], f"⚠️ {no_adapter_for(pipe, slot.kind)}", 0)
     pictures, notes, faces = [], [], 0
@@ -138,6 +139,7 @@ def framing_of(pipe: NestedAttentionPipeline, kind: str) -> str:
 
 
 def no_adapter_for(pipe: NestedAttentionPipeline, kind: str) -> str:
+    """The sentence for a kind that the model does not know."""
     return f"{pipe.base.name} has no adapter for {kind or 'subjects'} here; choose another kind, or a model that has one."
 
 
@@ -195,21 +197,29 @@ class Slots:
 
     @property
     def inputs(self) -> list[gr.components.Component]:
+        """Of all panels, for `read_slots`."""
         return [component for panel in self.panels for component in panel.inputs]
 
     @property
     def labels(self) -> list[gr.components.Component]:
+        """In the order of `slot_labels`."""
         return [*(panel.insert for panel in self.panels), self.names]
 
     @property
     def drawn(self) -> list[gr.blocks.Block]:
+        """What follows from the values of `inputs`."""
         return [*(block for panel in self.panels for block in panel.drawn), *self.labels]
 
 
 def first_slots(pipe: NestedAttentionPipeline, filled: Sequence[Slot]) -> list[Slot]:
     """What the slots hold at first: `filled`, and then empty ones of the kinds in turn."""
     kinds = [pipe.kinds[number % len(pipe.kinds)] if pipe.kinds else "" for number in range(len(filled), MAX_SUBJECTS)]
-    return [*filled, *(Slot(kind, (), framing=framing_of(pipe, kind)) for kind in kinds)]
+    return [*filled, *(empty_slot(pipe, kind) for kind in kinds)]
+
+
+def empty_slot(pipe: NestedAttentionPipeline, kind: str) -> Slot:
+    """A slot of a kind that waits for pictures."""
+    return Slot(kind, (), framing=framing_of(pipe, kind))
 
 
 def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
@@ -239,12 +249,15 @@ def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
         pipe = pipe_of(request)
         return [*(value for slot in read_slots(values) for value in look(pipe, slot)), *labelled(*values)]
 
-    def shown_groups(numbers: list[int]) -> list[gr.Group]:
-        return [gr.Group(visible=number in numbers) for number in range(MAX_SUBJECTS)]
+    def shown_groups(numbers: list[int]) -> list[gr.Group | gr.Button]:
+        return [*(gr.Group(visible=number in numbers) for number in range(MAX_SUBJECTS)), gr.Button(visible=len(numbers) < MAX_SUBJECTS)]
+
+    def removed(number: int, kind: str | None, opened: list[int], request: gr.Request) -> list:
+        return without(pipe_of(request), number, kind, opened)
 
     names = gr.Markdown(named, render=False, elem_classes="notice", elem_id="names")
     slots = Slots(panels, gr.State(shown), names, no_adapter, redraw)
-    slots.opened.change(shown_groups, slots.opened, [panel.group for panel in panels], api_visibility="private")
+    slots.opened.change(shown_groups, slots.opened, [*(panel.group for panel in panels), more], api_visibility="private")
     more.click(one_more, slots.opened, slots.opened, api_visibility="private")
     for number, panel in enumerate(panels):
         changes = [panel.files.change, panel.kind.change, panel.framing.change, *(side.release for side in panel.sides)]
@@ -252,7 +265,7 @@ def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
         panel.kind.input(reframed, panel.kind, panel.framing, api_visibility="private")
         gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, api_visibility="private")
         panel.remove.click(
-            partial(without, number), slots.opened, [panel.files, panel.strength, slots.opened], api_visibility="private"
+            removed, [gr.State(number), panel.kind, slots.opened], [*panel.inputs, slots.opened], api_visibility="private"
         ).then(redraw, slots.inputs, slots.drawn, api_visibility="private")
     return slots
 
@@ -262,6 +275,6 @@ def one_more(opened: list[int]) -> list[int]:
     return sorted([*opened, *[number for number in range(MAX_SUBJECTS) if number not in opened][:1]])
 
 
-def without(number: int, opened: list[int]) -> tuple[None, float, list[int]]:
-    """Empties a slot and closes it, unless it is the only open one."""
-    return None, 1.0, [other for other in opened if other != number] or opened
+def without(pipe: NestedAttentionPipeline, number: int, kind: str | None, opened: list[int]) -> list:
+    """Empties a slot and closes it, unless it is the only open one: values for its panel's `inputs`, and the slots that stay open."""
+    return [*panel_values(empty_slot(pipe, kind or "")), [other for other in opened if other != number] or opened]

@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -15,7 +15,7 @@ from nested_attention import Generation, NestedAttentionError, NestedAttentionPi
 from nested_attention.faces import Box, Framed, frame
 from nested_attention.images import read_image
 from nested_attention.prompts import placeholders
-from nested_attention.provenance import Provenance, SubjectNote
+from nested_attention.provenance import UNCUT, Provenance, SubjectNote
 from nested_attention.subjects import EncodedImage
 from nested_attention.tracing import Trace
 
@@ -31,7 +31,7 @@ class Slot:
     files: tuple[str, ...]
     strength: float = 1.0
     framing: str = "whole"
-    crop: Box = (0.0, 0.0, 1.0, 1.0)
+    crop: Box = UNCUT
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Session:
     """What one visitor has here: a model, encoded pictures, subjects by placeholder, the last result. Gone after an hour.
 
     `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
-    `previewing`: the gallery shows half-denoised pictures.
+    `running`: something is being drawn, and its end was not said yet. `previewing`: the gallery shows half-denoised pictures.
     """
 
     pipe: NestedAttentionPipeline
@@ -57,6 +57,7 @@ class Session:
     subjects: dict[str, Subject] = field(default_factory=dict)
     sources: dict[str, Slot] = field(default_factory=dict)
     result: Result | None = None
+    running: bool = False
     previewing: bool = False
     folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
     used: float = field(default_factory=time.monotonic)
@@ -107,11 +108,14 @@ class Studio:
         with self._lock:
             for stale in [k for k, s in self._sessions.items() if now - s.used > SESSION_SECONDS]:
                 del self._sessions[stale]
-            session = self._sessions.setdefault(key, Session(self.pipe))
+            if key not in self._sessions:
+                self._sessions[key] = Session(self.pipe)
+            session = self._sessions[key]
             session.used = now
             return session
 
     def close(self, key: str) -> None:
+        """Forgets a visitor."""
         with self._lock:
             self._sessions.pop(key, None)
 
@@ -132,28 +136,35 @@ class Studio:
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
         """Progress after every step, then the result, which the session keeps."""
-        maps = Trace()
-        stream = session.pipe.stream(prompt, subjects, maps=maps, **settings)
+        maps, pipe = Trace(), session.pipe
+        stream = pipe.stream(prompt, subjects, maps=maps, **settings)
         try:
             for event in stream:
                 if isinstance(event, Progress):
                     yield event
                 else:
-                    session.result = self._keep(session, event, tuple(subjects), maps)
+                    session.result = self._keep(session, pipe, event, tuple(subjects), maps)
                     yield session.result
         finally:
             stream.close()
 
-    def without_subjects(self, session: Session) -> Image.Image:
-        """The first picture of the last result once more, its subjects as ordinary words."""
+    def without_subjects(self, session: Session) -> Iterator[Progress | Image.Image]:
+        """The first picture of the last result once more, its subjects as ordinary words: progress, then the picture."""
         result = result_of(session)
         ordinary = [subject.but(strength=0.0) for subject in result.subjects]
         settings = result.generation.settings.as_dict() | {"num_images": 1}
-        return session.pipe(settings.pop("prompt"), ordinary, **settings).images[0]
+        stream = session.pipe.stream(settings.pop("prompt"), ordinary, **settings)
+        try:
+            for event in stream:
+                yield event if isinstance(event, Progress) else event.images[0]
+        finally:
+            stream.close()
 
-    def _keep(self, session: Session, generation: Generation, subjects: tuple[Subject, ...], maps: Trace) -> Result:
+    def _keep(
+        self, session: Session, pipe: NestedAttentionPipeline, generation: Generation, subjects: tuple[Subject, ...], maps: Trace
+    ) -> Result:
         files = []
-        for image, made in zip(generation.images, provenances(session.pipe.base.name, generation, subjects), strict=True):
+        for image, made in zip(generation.images, provenances(pipe, generation, subjects, session.sources), strict=True):
             path = Path(session.folder.name) / f"{time.time_ns()}-seed{made.settings.seed}.png"
             made.save(image, path)
             files.append(str(path))
@@ -165,13 +176,26 @@ def picture_hash(image: EncodedImage) -> str:
     return SubjectCache.key(image.picture, "")[0]
 
 
-def provenances(base: str, generation: Generation, subjects: Sequence[Subject]) -> list[Provenance]:
-    """How each picture of a generation was made, so that it can be drawn again alone: picture k with seed + k."""
-    notes = tuple(
-        SubjectNote(s.placeholder, s.kind, s.strength, s.lam, s.token_weight, tuple(map(picture_hash, s.images))) for s in subjects
+def provenances(
+    pipe: NestedAttentionPipeline, generation: Generation, subjects: Sequence[Subject], sources: Mapping[str, Slot]
+) -> list[Provenance]:
+    """How each picture of a generation was made, so that it can be drawn again alone: picture k with seed + k.
+
+    `sources`: as in `Session`; pictures that are not there were given whole.
+    """
+    notes = tuple(noted(pipe, subject, sources) for subject in subjects)
+    name, settings = pipe.base.name, generation.settings
+    return [Provenance(name, replace(settings, seed=settings.seed + k, num_images=1), notes) for k in range(len(generation.images))]
+
+
+def noted(pipe: NestedAttentionPipeline, subject: Subject, sources: Mapping[str, Slot]) -> SubjectNote:
+    """What a PNG remembers of a subject that `pipe` encoded."""
+    pictures = tuple(map(picture_hash, subject.images))
+    slot = sources.get(pictures[0], Slot(subject.kind, ()))
+    revision = pipe.adapters[subject.kind].revision
+    return SubjectNote(
+        subject.placeholder, subject.kind, subject.strength, subject.lam, subject.token_weight, pictures, revision, slot.framing, slot.crop
     )
-    settings = generation.settings
-    return [Provenance(base, replace(settings, seed=settings.seed + k, num_images=1), notes) for k in range(len(generation.images))]
 
 
 def framed_pictures(slot: Slot) -> list[Framed]:

@@ -43,6 +43,11 @@ class FeatureCache:
             )
 
     def save(self, number: int, features: Mapping[str, Tensor]) -> None:
+        """Writes the features of a photo, in 16 bit.
+
+        Raises:
+            NestedAttentionError: the disk is full.
+        """
         with replaced(self.file(number)) as fresh:
             save_file({name: value.half().cpu().contiguous() for name, value in features.items()}, fresh)
 

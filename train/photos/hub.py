@@ -65,7 +65,11 @@ class HubSource:
 
 
 def loaded(name: str) -> Any:
-    """The rows of the training split, a `datasets.Dataset`, with their pictures not decoded."""
+    """The rows of the training split, a `datasets.Dataset`, with their pictures not decoded.
+
+    Raises:
+        NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, or it lacks a column.
+    """
     try:
         from datasets import Image, load_dataset, load_from_disk
         from datasets.exceptions import DatasetsError

@@ -4,9 +4,11 @@ Every shard is read through once. What lies where is kept in an index, so that a
 """
 
 import glob
+import io
 import json
 import re
 import tarfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
 from nested_attention.images import read_image
+from train.photos.folder import PreparedPhoto
 from train.photos.places import OnDisk, OnWeb, Place
 from train.photos.sample import PhotoSample, checked_caption, upright_size
 
@@ -98,7 +101,11 @@ def expand(pattern: str) -> list[Place]:
 
 
 def photos_in(place: Place) -> list[Stored]:
-    """The photos of a shard, from its index if it has not changed since."""
+    """The photos of a shard, from its index if it has not changed since.
+
+    Raises:
+        NestedAttentionError: see `scanned`; or the server does not answer.
+    """
     state = place.state()
     known: dict[str, Any] = json.loads(place.index.read_text()) if place.index.is_file() else {}
     if known.get("state") != state:
@@ -109,7 +116,11 @@ def photos_in(place: Place) -> list[Stored]:
 
 
 def scanned(place: Place) -> list[Stored]:
-    """Reads a shard from its start to its end: where the files lie, the headers of the photos, and the captions."""
+    """Reads a shard from its start to its end: where the files lie, the headers of the photos, and the captions.
+
+    Raises:
+        NestedAttentionError: it is damaged or compressed, or a photo lacks one of its files.
+    """
     found: dict[str, dict[str, Any]] = {}  # by key
     try:
         with place.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -138,7 +149,26 @@ def scanned(place: Place) -> list[Stored]:
 
 
 def text_of(content: bytes, as_json: bool, name: str) -> str:
+    """The caption in a file of a shard; `name` is how the message calls its owner.
+
+    Raises:
+        NestedAttentionError: it is none.
+    """
     try:
         return str(json.loads(content)["text"]) if as_json else content.decode()
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise NestedAttentionError(f'the caption of {name} is not text, or JSON with "text"; write it again.') from error
+
+
+def write_shards(prepared: Path, photos: Sequence[PreparedPhoto], out: Path, each: int) -> None:
+    """Writes photos of the folder `prepared` into the new folder `out`, as `data-000000.tar`, ... with `each` of them in one."""
+    out.mkdir()
+    for number, first in enumerate(range(0, len(photos), each)):
+        with tarfile.open(out / f"data-{number:06d}.tar", "w") as tar:
+            for photo in photos[first : first + each]:
+                image, text = Path(photo.file_name), photo.text.encode()
+                tar.add(prepared / image, image.name)
+                tar.add(prepared / photo.reference, f"{image.stem}.reference.png")
+                caption = tarfile.TarInfo(f"{image.stem}.txt")
+                caption.size = len(text)
+                tar.addfile(caption, io.BytesIO(text))

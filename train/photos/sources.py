@@ -8,6 +8,7 @@ from train.photos.folder import FolderSource
 from train.photos.hub import HubSource, is_dataset
 from train.photos.sample import Source
 from train.photos.shards import ShardSource
+from train.processes import this_process
 
 FORMS = """give one of
 - a folder that `python -m train.prepare FOLDER --kind person` has written,
@@ -18,9 +19,17 @@ FORMS = """give one of
 def open_source(data: str, kind: str) -> Source:
     """The photos that `data` names: a prepared folder, a data set of `datasets`, or tar shards; `<kind>` is in every caption.
 
+    Of a run's processes one of each machine comes first and notes what lies where, so that the others need not look.
+
     Raises:
         NestedAttentionError: it is none of these, or cannot be used.
     """
+    with this_process().local_main_process_first():
+        return opened(data, kind)
+
+
+def opened(data: str, kind: str) -> Source:
+    """`open_source`, for one process."""
     folder = Path(data)
     if data.endswith(".tar"):
         return ShardSource(data, kind)

@@ -89,7 +89,11 @@ class PhotoTask(AdapterTask):
         return Part(self.source, rest), Part(self.source, held)
 
     def usable(self) -> list[int]:
-        """The photos whose captions name the subject before the text encoder's input ends; how many do not is said."""
+        """The photos whose captions name the subject before the text encoder's input ends; how many do not is said.
+
+        Raises:
+            NestedAttentionError: none does.
+        """
         word, tokenizer = self.model.adapter.config.word, self.pipe.stock.tokenizer
         numbers = [k for k in range(len(self.source)) if read_caption(self.source.caption(k), word, tokenizer)[1]]
         if left_out := sorted(set(range(len(self.source))) - set(numbers)):

@@ -1,0 +1,89 @@
+"""The place where base and adapter are chosen: what is offered, what is said of each, and what becomes of the choice."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+import torch
+
+from nested_attention.adapters import WEIGHTS
+from nested_attention.bases import BASES
+from nested_attention.estimate import Estimate
+from nested_attention.released import LICENCE, REPO
+from nested_attention.ui.models import OWN, cost_text, described, loaded_text, local_adapters, spoken_time, use_model
+from nested_attention.ui.studio import Studio
+from tests import tiny
+from tests.hub_server import HubServer, visit
+
+ANYBODY: Any = SimpleNamespace(session_hash="anybody")
+
+
+@pytest.fixture
+def studio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Studio:
+    """With a cat's adapter in `runs`; nothing was ever fetched, and the Hub is away."""
+    with HubServer("token") as gone:
+        visit(gone, monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.pipeline("sd")
+    pipe.adapters["cat"].save(Path("runs/adapter-cat/adapter"))
+    return Studio(pipe)
+
+
+def test_adapters_that_were_trained_or_converted_here_are_offered(studio: Studio) -> None:
+    assert local_adapters() == ["runs/adapter-cat/adapter"]
+    studio.pipe.adapters["person"].save(Path("runs/released"))
+    assert local_adapters() == ["runs/adapter-cat/adapter", "runs/released"]
+
+
+def test_what_is_chosen_is_described(studio: Studio) -> None:
+    said, problem = described(studio, "storybook", OWN)
+    assert problem == "" and said.startswith("**storybook** · licence MIT · on this machine · ") and "on cpu" in said
+    for kind in ("cat", "person", "vehicle"):
+        size = (BASES["storybook"].adapters / kind / WEIGHTS).stat().st_size  # type: ignore[operator]
+        assert f"{kind}, {size / 1e6:.0f} MB, for storybook, licence MIT" in said
+    assert "Adapter: cat, 0 MB, for tiny, licence MIT." in described(studio, "storybook", "runs/adapter-cat/adapter")[0]
+
+
+def test_what_has_to_be_fetched_is_said_with_its_licence(studio: Studio) -> None:
+    assert "**6.9 GB to download**" in described(studio, "sdxl", OWN)[0]
+    said, _ = described(studio, "sdxl", REPO)
+    assert "licence CreativeML Open RAIL++-M · **10.3 GB to download**" in said
+    assert f"Adapter: person, for sdxl, licence {LICENCE} (not for commercial use)." in said
+    assert "licence stands on its page on the Hub" in described(studio, "sdxl", "me/cat")[0]
+    assert "It brings no adapter" in described(studio, "sdxl", OWN)[0]
+
+
+def test_what_cannot_be_chosen_is_said(studio: Studio) -> None:
+    assert described(studio, "flux", OWN)[1].startswith("⚠️ there is no base model called 'flux'")
+    said, problem = described(studio, "storybook", "runs/adapter-dog/adapter")
+    assert said == "" and problem.startswith("⚠️ runs/adapter-dog/adapter/config.json is missing")
+
+
+def test_costs_in_words(studio: Studio) -> None:
+    assert cost_text(Estimate(True, 0.0, 2.04, "whole", 100.0), studio.pipe) == (
+        "on this machine · 2.0 GB of memory · on cpu, whole, about 2 min a picture"
+    )
+    assert cost_text(Estimate(False, 6.94, 9.0, "in parts", 9000.0), studio.pipe).startswith("**6.9 GB to download** · 9.0 GB")
+    assert [spoken_time(seconds) for seconds in (0.2, 3.4, 240.0)] == ["1 s", "3 s", "4 min"]
+
+
+def test_what_is_in_use_is_said(studio: Studio) -> None:
+    said = loaded_text(studio.pipe)
+    assert said == "In use: **tiny** on cpu in float32, licence CreativeML Open RAIL-M. Adapters: person (MIT), cat (MIT)."
+    studio.pipe.adapters.clear()  # type: ignore[attr-defined]
+    assert loaded_text(studio.pipe).endswith("Adapters: none.")
+
+
+def test_the_chosen_model_is_loaded_and_what_cannot_be_changes_nothing(studio: Studio, tmp_path: Path) -> None:
+    tiny.stock("sd").save_pretrained(tmp_path / "base")
+    load = use_model(studio, lambda pipe, *before: [pipe.kinds, *before], 2)
+    begun, done = load(str(tmp_path / "base"), "runs/adapter-cat/adapter", ANYBODY, "before")
+    assert begun[:2] == ["Loading; the first time it is downloaded …", ""] and begun[2:] == [gr.skip()] * 2
+    assert f"**{tmp_path / 'base'}**" in done[0] and "Adapters: cat (MIT)." in done[0] and done[1:] == ["", ("cat",), "before"]
+    pipe = studio.session("anybody").pipe
+    assert pipe is not studio.pipe and pipe.stock.unet.dtype in (torch.float32, torch.bfloat16)
+    _, refused = load("somebody/else", OWN, ANYBODY, "before")
+    assert "the Hub cannot be reached" in refused[1] and refused[2:] == [gr.skip()] * 2
+    assert studio.session("anybody").pipe is pipe
