@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -17,6 +18,7 @@ from nested_attention.bases import BASES, FewSteps, find_base
 from nested_attention.encoding import ImageEncoders
 from nested_attention.hub import commit_of
 from nested_attention.loading import best_dtype, load_base, make_quick, usable_device
+from nested_attention.ui.examples import load_examples
 from tests import tiny
 
 
@@ -188,3 +190,12 @@ def test_few_step_presets_are_their_base_with_fewer_steps() -> None:
             whole = BASES[base.name.split("-")[0]]
             assert base.source == whole.source and base.steps < whole.steps / 2 and base.guidance_scale <= 2
             assert hasattr(diffusers, base.few_steps.scheduler)
+
+
+def test_the_shipped_weights_draw_every_kind_of_subject() -> None:
+    pipe = NestedAttentionPipeline.from_pretrained("storybook", device="cpu")
+    files = {slot.kind: slot.files[0] for example in load_examples() for slot in example.slots}
+    assert set(pipe.kinds) == set(files) == {"person", "cat", "vehicle"}
+    for kind, file in files.items():
+        image = pipe(f"<{kind}> on the beach", [pipe.encode(kind, file)], steps=2, seed=1).images[0]
+        assert image.size == (128, 128) and np.asarray(image).std() > 20
