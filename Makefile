@@ -8,7 +8,7 @@ app: .venv/app
 	$(BIN)/python app.py
 
 test: .venv/dev chromium
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
 
 from nested_attention.adapters import CONFIG, WEIGHTS, read_config
 from nested_attention.bases import Base
@@ -16,7 +15,7 @@ from nested_attention.errors import NestedAttentionError
 from nested_attention.hub import commit_of, fetch, is_repo
 from nested_attention.loading import base_folder, best_dtype, few_steps_folder
 from nested_attention.memory import LADDER, choose, free_gigabytes, needed
-from nested_attention.released import REPO
+from nested_attention.released import REPO, converted
 
 SIDE = 2048  # of the matrices that are multiplied to see how fast the device is
 EFFICIENCY = 0.6  # of that speed that a U-Net reaches
@@ -67,7 +66,7 @@ def adapter_here(adapter: str) -> Path | None:
     with suppress(NestedAttentionError):
         if repo != REPO:
             return fetch(repo, revision or None, [CONFIG, WEIGHTS], local=True)
-        made = Path(constants.HF_HOME) / "nested_attention/released" / commit_of(repo, revision or None, local=True)
+        made = converted(commit_of(repo, revision or None, local=True))
         return made if (made / CONFIG).is_file() else None
     return None
 

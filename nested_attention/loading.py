@@ -7,7 +7,6 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from nested_attention import released
@@ -167,7 +166,7 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
                 f"{repo} was made for SDXL, and this base model is another one; choose the base sdxl, or another adapter."
             )
         commit = commit_of(repo, revision or None)
-        return released.import_released(unet, Path(constants.HF_HOME) / "nested_attention/released" / commit, revision=commit)
+        return released.import_released(unet, released.converted(commit), revision=commit)
     if Path(adapter).exists() or repo.count("/") != 1:
         return Path(adapter)
     return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])

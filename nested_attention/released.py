@@ -20,7 +20,7 @@ from nested_attention.adapters import CONFIG, Adapter, AdapterConfig, cross_atte
 from nested_attention.bases import unet_settings
 from nested_attention.encoder import CLIP_VIT_H, QFormerConfig
 from nested_attention.errors import NestedAttentionError
-from nested_attention.hub import commit_of, fetch
+from nested_attention.hub import commit_of, fetch, record_file
 
 REPO = "orpatashnik/NestedAttentionEncoder"
 FILE = "personalization_encoder/model.safetensors"
@@ -176,6 +176,11 @@ def import_released(unet: UNet2DConditionModel, folder: Path, file: Path | None 
         convert(tensors, unet, revision).save(folder, dtype=None)
     print(f"The released adapter is in {folder}. Its licence is {LICENCE}: non-commercial use, share alike, name the authors.")
     return folder
+
+
+def converted(commit: str) -> Path:
+    """Where the released adapter of a commit of `REPO` is kept once it was converted."""
+    return record_file().parent / "released" / commit
 
 
 def is_released(folder: Path) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from nested_attention import NestedAttentionError
 from nested_attention import estimate as module
@@ -13,7 +12,7 @@ from nested_attention.bases import BASES
 from nested_attention.estimate import IMAGE_ENCODER, estimate, teraflops_per_second
 from nested_attention.hub import commit_of, fetch
 from nested_attention.memory import LADDER
-from nested_attention.released import REPO
+from nested_attention.released import REPO, converted
 from tests import tiny
 from tests.hub_server import HubServer, visit
 
@@ -74,7 +73,7 @@ def test_an_adapter_and_its_image_encoder_are_counted(tmp_path: Path, monkeypatc
         assert estimate(storybook, CPU, "me/cat").fetched
         commit = hub.publish(REPO, {})
         assert commit_of(REPO) == commit and not estimate(storybook, CPU, REPO).fetched
-    made.save(Path(constants.HF_HOME) / "nested_attention/released" / commit)
+    made.save(converted(commit))
     assert estimate(storybook, CPU, REPO).fetched
     with pytest.raises(NestedAttentionError, match=r"nothing/config\.json is missing"):
         estimate(storybook, CPU, str(tmp_path / "nothing"))

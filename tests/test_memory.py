@@ -17,14 +17,10 @@ from nested_attention.bases import BASES, UNETS
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import QFormerConfig
 from nested_attention.memory import LADDER, choose, free_gigabytes, settle
-from nested_attention.pipeline import Generation
 from tests import tiny
+from tests.tiny import pixels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def pixels(out: Generation) -> np.ndarray:
-    return np.asarray(out.images[0]).astype(int)
 
 
 @pytest.mark.parametrize(("free", "rung"), [(24.0, 0), (10.0, 1), (9.0, 2), (7.0, 3), (0.5, 3)])

@@ -13,13 +13,9 @@ from nested_attention.attention import fast, plain
 from nested_attention.condition import NestedCondition
 from nested_attention.pipeline import Generation
 from tests import tiny
-from tests.tiny import photo
+from tests.tiny import photo, pixels
 
 PROMPT = "a drawing of <person> and <cat> on the beach"
-
-
-def pixels(out: Generation) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in out.images]).astype(int)
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)

@@ -24,7 +24,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from nested_attention import NestedAttentionPipeline
+from nested_attention import Generation, NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
 from nested_attention.attention import LayerSubject
 from nested_attention.bases import BASES
@@ -106,6 +106,11 @@ def storybook() -> DiffusionPipeline:
 def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     """A picture of noise, `size` as rows and columns."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def pixels(out: Generation) -> np.ndarray:
+    """All pictures of a generation as numbers that can be subtracted: (num_images, height, width, 3)."""
+    return np.stack([np.asarray(image) for image in out.images]).astype(int)
 
 
 def vision(size: int = 32) -> CLIPVisionModelWithProjection:

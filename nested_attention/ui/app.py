@@ -85,7 +85,10 @@ def build_app(studio: Studio) -> gr.Blocks:
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
-        cancel.click(handlers.cancelled, None, [gallery, status], cancels=[running, compared], api_visibility="private", queue=False)
+        cancel.click(
+            handlers.cancelled, None, [gallery, status], cancels=[running, compared], concurrency_limit=None,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")
         for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")

@@ -70,7 +70,10 @@ class Handlers:
                     pictures: Any = gr.skip()
                     if event.step % PREVIEW_EVERY == 1:
                         pictures, session.previewing = [enlarged(image) for image in event.previews()], True
-                    yield (pictures, f"Step {event.step} of {event.steps}", *quiet)
+                    with session.delivering() as wanted:
+                        if not wanted:
+                            return
+                        yield (pictures, f"Step {event.step} of {event.steps}", *quiet)
                 else:
                     session.running = session.previewing = False
                     yield (list(event.files), finished(event), "", hidden(), event.generation.settings.seed)
@@ -88,7 +91,7 @@ class Handlers:
     def cancelled(self, request: gr.Request) -> tuple[Any, Any]:
         """Values for gallery and status; nothing changes where nothing was under way."""
         session = self._session(request)
-        status = "Cancelled." if session.running else gr.skip()
+        status = "Cancelled." if session.stop() else gr.skip()
         return self._unfinished(session), status
 
     def look_inside(self, request: gr.Request) -> list:
@@ -113,7 +116,10 @@ class Handlers:
             result = result_of(session)
             for event in self.studio.without_subjects(session):
                 if isinstance(event, Progress):
-                    yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
+                    with session.delivering() as wanted:
+                        if not wanted:
+                            return
+                        yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
                 else:
                     session.running = False
                     yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)

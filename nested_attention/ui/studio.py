@@ -4,9 +4,10 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from PIL import Image
@@ -20,6 +21,7 @@ from nested_attention.subjects import EncodedImage
 from nested_attention.tracing import Trace
 
 SESSION_SECONDS = 3600.0
+DELIVERY_SECONDS = 5.0  # a visitor whose line is dead is not waited for
 JOINING = {"in", "on", "at", "under", "by", "with", "wearing", "among", "near", "next", "smiling", "and"}
 
 
@@ -50,6 +52,7 @@ class Session:
 
     `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
     `running`: something is being drawn, and its end was not said yet. `previewing`: the gallery shows half-denoised pictures.
+    `delivered`: no progress is on its way to the page.
     """
 
     pipe: NestedAttentionPipeline
@@ -59,8 +62,27 @@ class Session:
     result: Result | None = None
     running: bool = False
     previewing: bool = False
+    delivered: Event = field(default_factory=Event)
     folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
     used: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self):
+        self.delivered.set()
+
+    @contextmanager
+    def delivering(self) -> Iterator[bool]:
+        """Around a `yield` to the page; gives whether the run still goes on. `stop` waits until the page has it."""
+        self.delivered.clear()
+        try:
+            yield self.running
+        finally:
+            self.delivered.set()
+
+    def stop(self) -> bool:
+        """Ends the run, after which it brings nothing to the page any more; false if there was none."""
+        running, self.running = self.running, False
+        self.delivered.wait(DELIVERY_SECONDS)
+        return running
 
 
 def slot_names(kinds: Sequence[str]) -> list[str]:
