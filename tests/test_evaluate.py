@@ -1,11 +1,15 @@
 """What the numbers of the README are made of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from nested_attention import NestedAttentionError
 from nested_attention.bases import ASSETS
-from train.evaluate import FOUND, FOUND_IN_COLOUR, GALLERY, Case, Score, asked, gallery_identities, make_case, measure
+from train.evaluate import FOUND, FOUND_IN_COLOUR, GALLERY, Case, asked, gallery_identities, made_of, make_case, measure, run
 from train.judge import load_judge
+from train.scores import Score, ScoreFile
 from train.storybook.captions import Caption
 from train.storybook.kinds import KINDS
 from train.storybook.picture import render
@@ -16,6 +20,31 @@ def test_the_interval_is_wilsons() -> None:
     score = Score.of([True] * 8 + [False] * 2, [True] * 10)
     assert (score.value, score.count, score.renders) == (0.8, 10, 1.0)
     assert (score.low, score.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_a_part_of_the_same_weights_and_prompts_is_not_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, source = ScoreFile(tmp_path / "scores.json"), made_of("cat", "personalized", 7, "test", None)
+    file.keep("cat, base", made_of("cat", "base", 7, "test", None), {"style": Score.of([True, True], [True])})
+    file.keep("cat, personalized", source, {"style": Score.of([True, False], [True])})
+    again = ScoreFile(tmp_path / "scores.json")
+    assert again.parts == file.parts
+    run({"cat": 7}, 1, again)  # at once: there is nothing to draw
+    assert "cat, personalized (7 prompts)" in (said := capsys.readouterr().out) and "against the base -50.0" in said
+    for other in (
+        made_of("cat", "personalized", 8, "test", None),
+        made_of("cat", "personalized", 7, "test", 1.4),
+        source | {"weights": "0"},
+    ):
+        assert again.find("cat, personalized", other) is None
+    assert source["weights"] != made_of("person", "personalized", 7, "test", None)["weights"]
+    assert made_of("person", "base", 7, "test", None) == made_of("cat", "base", 7, "test", 1.4)  # no adapter is asked there
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"seconds": {}, "parts": {"cat, base": {"made_of": {}, "scores": {"kind": 1}}}}'):
+        (file := tmp_path / "scores.json").write_text(content)
+        with pytest.raises(NestedAttentionError, match=r"scores\.json holds no scores of this evaluation"):
+            ScoreFile(file)
 
 
 def test_the_same_pictures_are_asked_for_with_and_without_a_subject() -> None:

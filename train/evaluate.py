@@ -5,14 +5,13 @@ every number stands what the judge says of real renders of the same scenes ("ren
 """
 
 import argparse
-import json
 import random
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
 from nested_attention.bench.visitor import REPEATS, visitor_table
 from nested_attention.errors import quiet_libraries, spoken_at_exit
-from nested_attention.files import replaced
 from train.judge import Judge, load_judge
+from train.scores import Score, ScoreFile, Scores, fingerprint
 from train.storybook.captions import Caption, caption
 from train.storybook.dataset import to_tensor
 from train.storybook.kinds import KINDS
@@ -42,30 +41,6 @@ KINDS_OF_SUITE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
     "base": (None,), **{kind: ((kind,),) for kind in KINDS},
     "person + cat": (("person", "cat"), ("cat", "person")), "two people": (("person", "person"),),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Score:
-    """A share of right answers with its 95 % Wilson interval; `renders` is the judge's share on real renders."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-    renders: float
-
-    @classmethod
-    def of(cls, right: list[bool], renders: list[bool]) -> "Score":
-        n, p, z = max(1, len(right)), float(np.mean(right)) if right else 0.0, 1.96
-        middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-        return cls(p, max(0.0, low), min(1.0, high), len(right), float(np.mean(renders)) if renders else 0.0)
-
-    def __str__(self) -> str:
-        of_renders = self.value / self.renders if self.renders else 0.0
-        return (
-            f"{self.value:6.1%}  [{self.low:.1%}, {self.high:.1%}]  n {self.count:4d}  renders {self.renders:6.1%}  ratio {of_renders:.3f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -227,32 +202,51 @@ def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
     return Image.fromarray(np.concatenate(rows))
 
 
+def made_of(suite: str, mode: str, count: int, split: str, lam: float | None) -> dict[str, Any]:
+    """All that the scores of a part depend on, but for the code."""
+    folder = ASSETS / "storybook"
+    kinds = sorted({kind for kinds in KINDS_OF_SUITE[suite] for kind in kinds or ()}) if mode == "personalized" else []
+    used = [
+        folder / "base",
+        folder / "judge",
+        *([folder / "image_encoder"] if kinds else []),
+        *(folder / "adapters" / kind for kind in kinds),
+    ]
+    return {"weights": fingerprint(used), "prompts": count, "split": split, "lam": lam if kinds else None}
+
+
 def run(
-    suites: dict[str, int], processes: int, sheets: Path | None = None, split: str = "test", lam: float | None = None
-) -> Iterator[dict[str, dict[str, dict[str, Score]]]]:
-    """Suite -> ("base" without subjects, "personalized" with them) -> field -> score; as far as known, after every part."""
+    suites: dict[str, int], processes: int, file: ScoreFile, sheets: Path | None = None, split: str = "test", lam: float | None = None
+) -> None:
+    """Prints the scores of every part, "base" without subjects and "personalized" with them, and keeps them in `file`.
+
+    Raises:
+        NestedAttentionError: something cannot be read or written.
+    """
     judge = load_judge(ASSETS / "storybook/judge")
     sizes = ", ".join(f"{len(gallery_identities(kind, split))} of {kind}" for kind in KINDS)
     print(f"identities of the {split} split; galleries, of which chance finds one: {sizes}", flush=True)
-    results: dict[str, dict[str, dict[str, Score]]] = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for suite, count in suites.items():
-            for mode in ("base", "personalized"):
-                if suite == "base" and mode == "personalized":
-                    continue
-                cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
-                images = list(pool.map(partial(draw_case, lam=lam), cases, chunksize=4))
-                if sheets is not None:
-                    sheet(images).save(sheets / f"{suite.replace(' ', '')}-{mode}.jpg", quality=90)
-                scores = measure(judge, suite, cases, images)
-                results.setdefault(suite, {})[mode] = scores
-                report(suite, mode, count, scores, results[suite].get("base", {}) if mode == "personalized" else {})
-                yield results
+            base: Scores = {}
+            for mode in ("base",) if suite == "base" else ("base", "personalized"):
+                part, source = f"{suite}, {mode}", made_of(suite, mode, count, split, lam)
+                picture = None if sheets is None else sheets / f"{suite.replace(' ', '')}-{mode}.jpg"
+                scores = file.find(part, source) if picture is None or picture.exists() else None
+                if scores is None:
+                    cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
+                    images = list(pool.map(partial(draw_case, lam=lam), cases, chunksize=4))
+                    if picture is not None:
+                        sheet(images).save(picture, quality=90)
+                    scores = measure(judge, suite, cases, images)
+                    file.keep(part, source, scores)
+                report(part, count, scores, base)
+                base = scores
 
 
-def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: dict[str, Score]) -> None:
-    """Prints the scores of a suite, and what the prompt lost in points against the same prompts without a subject."""
-    print(f"\n{suite}, {mode} ({count} prompts)", flush=True)
+def report(part: str, count: int, scores: Scores, base: Scores) -> None:
+    """Prints the scores of a part, and what the prompt lost in points against the same prompts without a subject."""
+    print(f"\n{part} ({count} prompts)", flush=True)
     for field, score in scores.items():
         of_prompt = field in base and "found" not in field
         change = f"  against the base {100 * (score.value - base[field].value):+5.1f}" if of_prompt else ""
@@ -262,7 +256,9 @@ def report(suite: str, mode: str, count: int, scores: dict[str, Score], base: di
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument("--suite", choices=("storybook",), default="storybook")
-    parser.add_argument("--json", type=Path, help="also write all scores to this file")
+    parser.add_argument(
+        "--json", type=Path, help="also keep all scores in this file; parts that it has of the same weights are not drawn again"
+    )
     parser.add_argument("--sheets", type=Path, help="also save the first pictures of every part to this folder, to look at")
     parser.add_argument("--quick", action="store_true", help="few prompts: five minutes on two cores, wide intervals")
     parser.add_argument("--prompts", type=int, default=512, help="how many of each part")
@@ -274,15 +270,13 @@ def main() -> None:
     count, repeats = (10, 1) if options.quick else (options.prompts, REPEATS)
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
-    waits = {} if options.only else visitor_table(NestedAttentionPipeline.from_pretrained("storybook"), repeats)
-    for name, value in waits.items():
-        print(f"  {name:40s} {value:6.2f} s", flush=True)
-    suites = dict.fromkeys(options.only or KINDS_OF_SUITE, count)
-    for results in run(suites, options.processes, options.sheets, options.split, options.lam):
-        if options.json:
-            plain = {s: {m: {f: asdict(x) for f, x in scores.items()} for m, scores in modes.items()} for s, modes in results.items()}
-            with replaced(options.json) as fresh:
-                fresh.write_text(json.dumps({"suites": plain, "seconds": waits}, indent=1) + "\n")
+    file = ScoreFile(options.json)
+    if not options.only:
+        file.seconds = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"), repeats)
+        file.write()
+        for name, value in file.seconds.items():
+            print(f"  {name:40s} {value:6.2f} s", flush=True)
+    run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, file, options.sheets, options.split, options.lam)
 
 
 if __name__ == "__main__":
