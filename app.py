@@ -8,7 +8,7 @@ with suppress(ModuleNotFoundError):
 
 import gradio as gr
 
-from nested_attention import NestedAttentionPipeline
+from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.errors import spoken_at_exit
 from nested_attention.ui.app import CSS, build_app
 from nested_attention.ui.examples import FOLDER
@@ -25,17 +25,24 @@ def main() -> None:
     options = parser.parse_args()
     with spoken_at_exit():
         pipe = NestedAttentionPipeline.from_pretrained(options.base, options.adapter, options.device)
-    launch(Studio(pipe, options.adapter), options.port, options.share)
+        launch(Studio(pipe, options.adapter), options.port, options.share)
 
 
 def launch(studio: Studio, port: int | None, share: bool = False) -> None:
-    """Serves the page until the process ends."""
+    """Serves the page until the process ends.
+
+    Raises:
+        NestedAttentionError: the port is taken, or the examples are damaged.
+    """
     page = build_app(studio)
     page.queue(max_size=20, default_concurrency_limit=2)
-    page.launch(
-        theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=port, share=share, max_file_size="40mb",
-        show_error=True, footer_links=["api", "settings"], allowed_paths=[str(FOLDER)],
-    )  # fmt: skip
+    try:
+        page.launch(
+            theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=port, share=share, max_file_size="40mb",
+            show_error=True, footer_links=["api", "settings"], allowed_paths=[str(FOLDER)],
+        )  # fmt: skip
+    except OSError as error:  # as gradio says that a port is taken
+        raise NestedAttentionError(f"the page cannot be served ({error}); give another --port, or none for the next free one.") from error
 
 
 if __name__ == "__main__":

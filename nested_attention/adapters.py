@@ -162,12 +162,12 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     try:
         return AdapterConfig.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; name the folder or repo of one.") from error
     except (TypeError, KeyError) as error:
         raise NestedAttentionError(f"{path} is not the config of an adapter ({error}); name the folder or repo of one.") from error
-    except ValueError as error:
-        raise NestedAttentionError(f"{path} is damaged ({error}); {get_back(path)}.") from error
+    except (ValueError, OSError) as error:
+        raise NestedAttentionError(f"{path} is damaged or cannot be read ({error}); {get_back(path)}.") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -185,5 +185,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def list_adapters(folder: Path) -> dict[str, Path]:
-    """Kind -> adapter folder, for all adapters below `folder`."""
-    return {read_config(path.parent).kind: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
+    """Kind -> adapter folder, for the adapters that come along in `folder`.
+
+    Raises:
+        NestedAttentionError: there are none, or one lacks its config or has a damaged one.
+    """
+    found = sorted(path for path in folder.glob("*/") if "." not in path.name)  # with a dot: what `files.replaced` may have left
+    lost = next((path / CONFIG for path in found if not (path / CONFIG).is_file()), None if found else folder)
+    if lost is not None:
+        raise NestedAttentionError(f"{lost}, of the adapters that come with a base, is missing or empty; {get_back(lost)}.")
+    return {read_config(path).kind: path for path in found}

@@ -48,6 +48,7 @@ class Base:
         teraflops: of one step with guidance at the default size, multiplications and additions counted apart.
         licence: of the weights.
         few_steps: what lets this preset draw in few steps, or None.
+        most_steps: that may be asked for; after loading not more than its scheduler takes.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Base:
     teraflops: float
     licence: str
     few_steps: FewSteps | None = None
+    most_steps: int = 150
 
 
 BASES = {

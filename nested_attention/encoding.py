@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
 from nested_attention.adapters import Adapter, AdapterConfig
+from nested_attention.bases import BASES
 from nested_attention.encoder import ImageConfig, image_features
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged
@@ -31,7 +32,7 @@ def image_pixels(picture: Image.Image, config: ImageConfig) -> Tensor:
 class ImageEncoders:
     """The frozen image encoders of the adapters, each loaded once, when first asked for.
 
-    An adapter names a folder relative to its own, or a repo `user/name` on the Hub.
+    An adapter names a folder, see `image_encoder_folders`, or a repo `user/name` on the Hub.
     """
 
     def __init__(self, folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype):
@@ -58,11 +59,19 @@ class ImageEncoders:
             return self._loaded[source]
 
     def _folder(self, config: AdapterConfig) -> Path:
-        if on_hub(self._folders[config.kind], config.image_encoder):
-            path = fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder))
-        else:
-            path = (self._folders[config.kind] / config.image_encoder).resolve()
-        return path / config.image_subfolder
+        adapter = self._folders[config.kind]
+        if on_hub(adapter, config.image_encoder):
+            return fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder)) / config.image_subfolder
+        folders = image_encoder_folders(adapter, config)
+        return next((folder for folder in folders if (folder / "config.json").is_file()), folders[0])
+
+
+def image_encoder_folders(adapter: Path, config: AdapterConfig) -> list[Path]:
+    """Where the image encoder may be that the config of an `adapter`'s folder names, if it is no repo: relative to that folder,
+    or, as a training finds it, to the folder of such an adapter that comes along with the base."""
+    preset = BASES.get(config.base)
+    places = [adapter] if preset is None or preset.adapters is None else [adapter, preset.adapters / config.kind]
+    return [(place / config.image_encoder / config.image_subfolder).resolve() for place in places]
 
 
 def on_hub(adapter: Path, image_encoder: str) -> bool:

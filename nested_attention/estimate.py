@@ -33,6 +33,7 @@ class Estimate:
         memory: gigabytes that it takes on the device, with an adapter of full size and a subject.
         placement: how it will be placed there.
         seconds: for one picture with the base's default settings; right to a factor of about two.
+        free: gigabytes that are free on the device.
     """
 
     fetched: bool
@@ -40,6 +41,12 @@ class Estimate:
     memory: float
     placement: str
     seconds: float
+    free: float
+
+    @property
+    def fits(self) -> bool:
+        """False if it would have to run out of memory."""
+        return self.memory <= self.free
 
 
 def estimate(base: Base, device: torch.device, adapter: str | None = None) -> Estimate:
@@ -49,13 +56,13 @@ def estimate(base: Base, device: torch.device, adapter: str | None = None) -> Es
         NestedAttentionError: the adapter is on this machine and damaged, or a folder that is none.
     """
     dtype = best_dtype(device)
-    beside = base.adapter_gigabytes * dtype.itemsize / 2
-    rung = LADDER[choose(base, free_gigabytes(device) - beside, device, dtype)]
+    beside, free = base.adapter_gigabytes * dtype.itemsize / 2, free_gigabytes(device)
+    rung = LADDER[choose(base, free - beside, device, dtype)]
     seconds = base.steps * base.teraflops / (EFFICIENCY * teraflops_per_second(device))
     if rung is LADDER[-1]:  # at every step the whole U-Net, the largest part, comes to the device
         seconds += base.steps * base.gigabytes * LADDER[-2].share * dtype.itemsize / 2 / BUS
     download = missing_gigabytes(base) + (0.0 if adapter is None else missing_beside(base, adapter))
-    return Estimate(download == 0, download, needed(base, rung, dtype) + beside, rung.name, seconds)
+    return Estimate(download == 0, download, needed(base, rung, dtype) + beside, rung.name, seconds, free)
 
 
 def adapter_here(adapter: str) -> Path | None:

@@ -6,6 +6,7 @@ and cats, and a margin imitates the framing. Otherwise the whole picture is used
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Face:
 def find_faces(image: Image.Image, kind: str) -> list[Face]:
     """The faces of people, cats or pets in an RGB picture, the largest first; empty for other kinds and where there is none.
 
-    Of pets only cats' faces can be found. Nothing is fetched: `insightface_analysis` does that once, when asked to.
+    Of pets only cats' faces can be found, no dog's. Nothing is fetched: `insightface_analysis` does that once, when asked to.
 
     Raises:
         NestedAttentionError: insightface's models are there, but damaged.
@@ -90,6 +91,9 @@ def cropped(image: Image.Image, box: Box) -> Image.Image:
     return image.crop((round(left * width), round(top * height), max(round(right * width), 1), max(round(bottom * height), 1)))
 
 
+CHOICES = re.compile(r"whole|crop|face( [2-9]| [1-9][0-9])?")  # of `frame`
+
+
 @dataclass(frozen=True)
 class Framed:
     """A picture as an adapter gets to see it, and what was done to it, in words. `faces`: how many could be chosen."""
@@ -107,8 +111,10 @@ def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0,
             Where no such face is found the whole picture is used, and `said` tells.
 
     Raises:
-        NestedAttentionError: the crop is empty or lies outside; insightface's models are damaged.
+        NestedAttentionError: there is no such choice; the crop is empty or lies outside; insightface's models are damaged.
     """
+    if not CHOICES.fullmatch(choice):
+        raise NestedAttentionError(f'{choice!r} is no framing; choose "whole", "crop", "face", "face 2" and so on.')
     if choice == "whole":
         return Framed(image, SAID["whole"], 0)
     if choice == "crop":
@@ -215,20 +221,17 @@ TURNS = (0, -12, 12, 90, -90, 180, 78, 102, -78, -102, 168, -168)  # degrees
 ALSO = 0.05  # further faces need this share of the best one's votes
 
 
-@cache
-def cascade(file: str) -> cv2.CascadeClassifier:
-    return cv2.CascadeClassifier(cv2.data.haarcascades + file)  # type: ignore[attr-defined]
-
-
 def cascade_faces(image: Image.Image, kind: str) -> list[Face]:
     """Frontal faces by OpenCV's cascades, at whichever turn of the picture they are clearest."""
     search, grey = SEARCHES[kind], np.asarray(image.convert("L"))
     scale = min(1.0, search.side / max(grey.shape))
     small = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    # one for every search: it keeps a state, which two threads must not share
+    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + search.cascade)  # type: ignore[attr-defined]
     best, faces = 0, []
     for turn in TURNS:
         turned, back = rotated(small, turn)
-        found = votes(turned, search)
+        found = votes(turned, search, cascade)
         if found and found[0][0] > best:
             best = found[0][0]
             faces = [turned_face(box, back, scale) for count, box in found if count >= ALSO * best]
@@ -237,12 +240,11 @@ def cascade_faces(image: Image.Image, kind: str) -> list[Face]:
     return faces if best >= search.enough else []
 
 
-def votes(grey: np.ndarray, search: Search) -> list[tuple[int, np.ndarray]]:
+def votes(grey: np.ndarray, search: Search, cascade: cv2.CascadeClassifier) -> list[tuple[int, np.ndarray]]:
     """`(votes, box)` of all candidates, most votes first; `box` is x, y, width, height."""
     side = max(20, int(min(grey.shape) * search.smallest))
-    detect = cascade(search.cascade).detectMultiScale
-    boxes = [tuple(box) for box in detect(grey, 1.05, 0, minSize=(side, side))]
-    mirrored = detect(np.ascontiguousarray(grey[:, ::-1]), 1.05, 0, minSize=(side, side))
+    boxes = [tuple(box) for box in cascade.detectMultiScale(grey, 1.05, 0, minSize=(side, side))]
+    mirrored = cascade.detectMultiScale(np.ascontiguousarray(grey[:, ::-1]), 1.05, 0, minSize=(side, side))
     boxes += [(grey.shape[1] - x - width, y, width, height) for x, y, width, height in mirrored]
     grouped, counts = cv2.groupRectangles([tuple(map(int, box)) for box in boxes], 1, 0.25)
     return sorted(zip(map(int, np.ravel(counts)), map(np.asarray, grouped), strict=True), key=lambda vote: -vote[0])

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from nested_attention.errors import NestedAttentionError
@@ -66,23 +67,40 @@ def recorded_commits() -> dict[str, str]:
 def commit_of(repo: str, revision: str | None = None, local: bool = False) -> str:
     """`revision` if it is a commit; else the recorded commit of `repo`, or of its branch or tag `revision`.
 
-    At the first time that is the newest one, which is then recorded. `local`: nobody is asked.
+    At the first time that is the newest one, which is then recorded; the newest in the Hub's cache, where the Hub cannot be
+    reached. `local`: nobody is asked, and nothing recorded.
 
     Raises:
-        NestedAttentionError: none is recorded, and the Hub does not tell.
+        NestedAttentionError: none is recorded, and neither the Hub nor its cache tells.
     """
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     name = repo if revision is None else f"{repo}@{revision}"
     recorded = recorded_commits()
-    if name not in recorded:
-        if local:
+    if name in recorded:
+        return recorded[name]
+    cached = cached_commit(repo, revision)
+    if local:
+        if cached is None:
             raise NestedAttentionError(f"{name} was never fetched to this machine; connect to the Hub to fetch it.")
+        return cached
+    try:
         with spoken_errors(repo, revision or ""):
-            recorded[name] = str(HfApi().model_info(repo, revision=revision).sha)
-        with replaced(record_file()) as fresh:
-            fresh.write_text(json.dumps(recorded, indent=1) + "\n")
-    return recorded[name]
+            commit = str(HfApi().model_info(repo, revision=revision).sha)
+    except NestedAttentionError as error:
+        if cached is None or isinstance(error.__cause__, HfHubHTTPError):  # which is the Hub's own answer
+            raise
+        commit = cached
+    with replaced(record_file()) as fresh:
+        fresh.write_text(json.dumps(recorded | {name: commit}, indent=1) + "\n")
+    return commit
+
+
+def cached_commit(repo: str, revision: str | None) -> str | None:
+    """The commit of a branch or tag that any program last fetched into the Hub's cache; None if none did."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    ref = folder / "refs" / (revision or constants.DEFAULT_REVISION)
+    return ref.read_text().strip() if ref.is_file() else None
 
 
 def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequence[str] = (), local: bool = False) -> Path:

@@ -16,6 +16,7 @@ from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged
 from nested_attention.hub import commit_of, fetch
+from nested_attention.memory import spoken_shortage
 
 HALF = "fp16"  # how diffusers names weight files in 16 bit
 
@@ -72,7 +73,7 @@ def base_folder(base: Base, local: bool = False) -> Path:
     `local`: nothing is fetched, and nobody asked.
 
     Raises:
-        NestedAttentionError: it is not there and cannot be fetched, or is of another architecture.
+        NestedAttentionError: it is not there and cannot be fetched, is of another architecture, or has no safetensors.
     """
     folder = Path(base.source)
     if folder.is_absolute():
@@ -84,10 +85,20 @@ def base_folder(base: Base, local: bool = False) -> Path:
     weights = f".{base.variant}*.safetensors" if base.variant else ".safetensors"
     wanted = [f"{part}/*{ending}" for part in parts(index) for ending in (".json", ".txt", weights)]
     folder = fetch(base.source, base.revision, wanted, [] if base.variant else ["*.*.safetensors"], local)  # two dots: a variant
-    bare = [part for part in parts(index) if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors"))]
-    if bare:  # some repos have nothing but weights in 16 bit
+    if bare := without_weights(folder):  # some repos have nothing but weights in 16 bit
         fetch(base.source, base.revision, [f"{part}/*.{HALF}*.safetensors" for part in bare], local=local)
+    if bare := without_weights(folder):
+        raise NestedAttentionError(
+            f"{base.source} has no safetensors for {' and '.join(bare)}, and other weights, such as pickles, are not read; "
+            "choose another repo or revision, or convert it."
+        )
     return folder
+
+
+def without_weights(folder: Path) -> list[str]:
+    """The parts of a base that are described, but have no safetensors."""
+    described = [part for part in parts(folder / INDEX) if (folder / part / "config.json").is_file()]
+    return [part for part in described if not any((folder / part).glob("*.safetensors"))]
 
 
 def variant_of(base: Base, folder: Path) -> str | None:
@@ -109,7 +120,11 @@ def missing_file(folder: Path) -> Path | None:
 
 
 def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
-    """The preset and its stock diffusers pipeline, frozen, in the machine's memory, in `dtype`."""
+    """The preset and its stock diffusers pipeline, frozen, in the machine's memory, in `dtype`.
+
+    Raises:
+        NestedAttentionError: there is no such base, it cannot be fetched, or a file of it is missing or damaged.
+    """
     preset = find_base(name)
     folder = base_folder(preset)
     architecture = of_architecture(preset.name, folder / INDEX)
@@ -131,7 +146,8 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
             part.eval().requires_grad_(False)
     if preset.few_steps is not None:
         make_quick(stock, preset.few_steps)
-    return preset, stock
+    most = stock.scheduler.config.get("original_inference_steps", preset.most_steps)  # LCM's draws some of so many that it learned
+    return replace(preset, most_steps=most), stock
 
 
 def few_steps_folder(few: FewSteps, local: bool = False) -> Path:
@@ -158,7 +174,11 @@ def make_quick(stock: DiffusionPipeline, few: FewSteps) -> None:
 
 
 def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
-    """The folder of an adapter: a folder, the released weights, or a Hub repo `user/name[@revision]` that `train.push` made."""
+    """The folder of an adapter: a folder, the released weights, or a Hub repo `user/name[@revision]` that `train.push` made.
+
+    Raises:
+        NestedAttentionError: it cannot be fetched, or is the released one and `unet` is not SDXL's.
+    """
     repo, _, revision = str(adapter).partition("@")
     if repo == released.REPO:
         if unet.config.addition_embed_type != "text_time":  # of the architectures here, only SDXL's has it
@@ -169,16 +189,24 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
         return released.import_released(unet, released.converted(commit), revision=commit)
     if Path(adapter).exists() or repo.count("/") != 1:
         return Path(adapter)
-    return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])
+    try:
+        return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])
+    except NestedAttentionError as error:  # it may have been meant as a folder
+        raise NestedAttentionError(f"there is no folder {adapter} here, and as a repo: {error}") from error
 
 
 def load_adapters(
     preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None, device: torch.device
 ) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
-    """Kind -> folder and kind -> adapter on `device`: the one that `adapter` names, else all that come with the base."""
+    """Kind -> folder and kind -> adapter on `device`: the one that `adapter` names, else all that come with the base.
+
+    Raises:
+        NestedAttentionError: one cannot be fetched, is missing or damaged, was made for another base, or finds no room on `device`.
+    """
     if adapter is not None:
         folder = adapter_folder(adapter, unet)
         folders = {read_config(folder).kind: folder}
     else:
         folders = list_adapters(preset.adapters) if preset.adapters is not None else {}
-    return folders, {kind: Adapter.load(folder, unet).to(device) for kind, folder in folders.items()}
+    with spoken_shortage(device, f"hold the adapters for {', '.join(folders)}"):
+        return folders, {kind: Adapter.load(folder, unet).to(device) for kind, folder in folders.items()}

@@ -25,7 +25,7 @@ from nested_attention.encoding import ImageEncoders, encode_subject
 from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
-from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, settle
+from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage
 from nested_attention.preview import preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
@@ -62,7 +62,7 @@ class NestedAttentionPipeline:
         self.rung = rung  # of `memory.LADDER`
         self.image_encoders = ImageEncoders(folders, self.device, stock.unet.dtype)
         self.cache = SubjectCache()
-        self.decoding = threading.Lock()
+        self.decoding, self.vae_dtype = threading.Lock(), stock.vae.dtype
         # on a GPU requests take turns: two at once need twice the memory, and parts that move would be pulled from under the other
         self.turn = nullcontext() if self.device.type == "cpu" else threading.Lock()
         stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
@@ -80,7 +80,7 @@ class NestedAttentionPipeline:
         computes in it, else float32. Where GPU memory is short, parts of the base wait outside; a line says which.
 
         Raises:
-            NestedAttentionError: unknown base, missing or damaged files.
+            NestedAttentionError: unknown base, missing or damaged files, or too little memory.
         """
         target = usable_device(device)
         preset, stock = load_base(base, dtype or best_dtype(target))
@@ -123,15 +123,9 @@ class NestedAttentionPipeline:
             raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
         pictures = [read_image(source) for source in sources]
         known = self.cache if cache is None else cache
-        try:
+        with spoken_shortage(self.device, f"encode {placeholder}"):
             encoder = self.image_encoders.get(adapter.config)
             return encode_subject(placeholder, pictures, adapter, encoder, known, strength, lam, token_weight)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise NestedAttentionError(
-                f"{self.device} has too little memory to encode {placeholder}; close what else uses it, or load the model on another device."
-            ) from error
 
     def __call__(
         self, prompt: str, subjects: Sequence[Subject] = (), *, callback: Callable[[Progress], None] | None = None,
@@ -147,7 +141,8 @@ class NestedAttentionPipeline:
             settings: negative_prompt, num_images, steps, guidance_scale, seed, height, width; see `Settings`.
 
         Raises:
-            NestedAttentionError: a setting is out of range, or placeholders and subjects do not match.
+            NestedAttentionError: a setting is out of range, placeholders and subjects do not match, there is too little memory, or the
+                base's safety checker blanked every picture.
         """
         checked = Settings.checked(self.base, prompt, **settings)
         filled = fill(prompt, words_of(subjects))
@@ -155,7 +150,7 @@ class NestedAttentionPipeline:
         condition = self._condition(checked, subjects, columns, maps or active_trace(self))
         with self.turn:
             images = self._within_memory(checked, filled.text, condition, callback)
-            if images is None and self.rung < len(LADDER) - 1:
+            if images is None and self.rung < len(rungs(self.device)) - 1:
                 images = self._within_memory(checked, filled.text, self._step_down(condition), callback)
         if images is None:
             raise NestedAttentionError(
@@ -249,6 +244,7 @@ class NestedAttentionPipeline:
     ) -> list[Image.Image]:
         stock = own_copy(self.stock)
         until_drawn = ExitStack()
+        until_drawn.callback(self.stock.maybe_free_model_hooks)  # the copy knows no hooks: what it left on the device goes home
 
         def after_step(_: object, step: int, timestep: object, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if condition.recorder is not None:
@@ -256,18 +252,36 @@ class NestedAttentionPipeline:
             if callback is not None:
                 latents = kwargs["latents"]
                 callback(Progress(step + 1, settings.steps, lambda: preview(stock, latents)))
-            if step + 1 == stock.num_timesteps:  # what follows is decoding, for which SDXL's shared VAE changes its dtype and back
+            if step + 1 == stock.num_timesteps:  # what follows is decoding, for which SDXL's shared VAE changes its dtype
                 until_drawn.enter_context(self.decoding)
+                # and back only if nothing fails; `Module.to`, because a diffusers model warns whenever its dtype is set
+                until_drawn.callback(torch.nn.Module.to, self.stock.vae, self.vae_dtype)
             return kwargs
 
         generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.num_images)]
         with until_drawn:
-            return stock(
+            drawn = stock(
                 prompt=text, negative_prompt=settings.negative_prompt, height=settings.height, width=settings.width,
                 num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
                 num_images_per_prompt=settings.num_images, generator=generators,
                 cross_attention_kwargs={"nested": condition}, callback_on_step_end=after_step,
-            ).images  # fmt: skip
+            )  # fmt: skip
+        tell_blanked(self.base.name, settings, getattr(drawn, "nsfw_content_detected", None) or [])
+        return drawn.images
+
+
+def tell_blanked(base: str, settings: Settings, blanked: Sequence[bool]) -> None:
+    """Says in one line which pictures a safety checker, which SD 1.5 has, made black; `blanked` is empty where there is none.
+
+    Raises:
+        NestedAttentionError: it is all of them.
+    """
+    seeds = [settings.seed + k for k, black in enumerate(blanked) if black]
+    if len(seeds) == settings.num_images:
+        raise NestedAttentionError(f"the safety checker of {base} blanked every picture; try another seed or prompt.")
+    if seeds:
+        said = ", ".join(map(str, seeds))
+        print(f"{base}: its safety checker blanked the pictures of seed {said}; try others, or another prompt", file=sys.stderr)
 
 
 def words_of(subjects: Sequence[Subject]) -> dict[str, str]:

@@ -6,7 +6,7 @@ embedding table is ever changed. A test compares this with tokens that were real
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -33,14 +33,26 @@ class Prompt:
         )
         found = []
         for start, end in self.spans[placeholder]:
-            inside = [k for k, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and a < end and b > start]
-            found += inside[-1:]  # of a word in several pieces the last, which has read the others
+            found += last_token(encoded["offset_mapping"], start, end)
         return tuple(found)
+
+
+def last_token(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """The number of the last token between `start` and `end` of a text, which has read the others; none if it was cut off.
+
+    `offsets`: where each token starts and ends in the text, twice the same place for those that stand for no text.
+    """
+    return [k for k, (a, b) in enumerate(offsets) if b > a and a < end and b > start][-1:]
 
 
 def placeholders(prompt: str) -> tuple[str, ...]:
     """The placeholders in a prompt, in order, each once, in lower case."""
     return tuple(dict.fromkeys(match.group().lower() for match in PLACEHOLDER.finditer(prompt)))
+
+
+def slot_names(kinds: Sequence[str]) -> list[str]:
+    """A placeholder for each of several subjects: `<person>`, `<cat>`, and `<person2>` for a second person."""
+    return [f"<{kind}{'' if kinds[:k].count(kind) == 0 else kinds[:k].count(kind) + 1}>" for k, kind in enumerate(kinds)]
 
 
 def fill(prompt: str, words: Mapping[str, str]) -> Prompt:

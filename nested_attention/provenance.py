@@ -1,7 +1,6 @@
 """Pictures carry how they were made: settings and subjects as JSON in a PNG text chunk, and back, checked: anybody can write one."""
 
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from nested_attention.bases import BASES
 from nested_attention.errors import NestedAttentionError
-from nested_attention.faces import Box
+from nested_attention.faces import CHOICES, Box
+from nested_attention.files import replaced
 from nested_attention.prompts import PLACEHOLDER
 from nested_attention.settings import MAX_SUBJECTS, Settings
 from nested_attention.subjects import Subject
 
 CHUNK = "nested_attention"
 UNCUT: Box = (0.0, 0.0, 1.0, 1.0)
-FRAMING = re.compile(r"whole|crop|face( [2-9]| [1-9][0-9])?")
 ANY_BASE = replace(BASES["storybook"], name="a base", sizes=(8, 8192, 8))  # a record may be of one that is not known here
 
 
@@ -50,10 +49,15 @@ class Provenance:
     subjects: tuple[SubjectNote, ...]
 
     def save(self, image: Image.Image, path: Path) -> None:
-        """Writes `image` as a PNG that carries this."""
+        """Writes `image` as a PNG that carries this.
+
+        Raises:
+            NestedAttentionError: it cannot be written.
+        """
         info = PngInfo()
         info.add_text(CHUNK, json.dumps(asdict(self)))
-        image.save(path, format="PNG", pnginfo=info)
+        with replaced(path) as fresh:
+            image.save(fresh, format="PNG", pnginfo=info)
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -103,7 +107,7 @@ def note_of(content: Any) -> SubjectNote:
         raise ValueError("placeholder, kind, pictures, adapter and framing of a subject have to be text")
     if not PLACEHOLDER.fullmatch(note.placeholder):
         raise ValueError(f"{note.placeholder!r} is no placeholder")
-    if not FRAMING.fullmatch(note.framing):
+    if not CHOICES.fullmatch(note.framing):
         raise ValueError(f"there is no framing {note.framing!r}")
     numbers = note.strength, note.lam, note.token_weight, *note.crop
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):

@@ -10,6 +10,13 @@ from nested_attention.errors import NestedAttentionError
 MAX_PROMPT, MAX_SUBJECTS, MAX_SEED = 1000, 4, 2**32 - 1
 RANGES: dict[str, tuple[float, float]] = {"num_images": (1, 8), "steps": (1, 150), "guidance_scale": (0.0, 30.0), "seed": (0, MAX_SEED)}
 
+LAST_SEED = MAX_SEED - int(RANGES["num_images"][1]) + 1  # the largest from which any number of pictures can be counted on
+
+
+def random_seed() -> int:
+    """A seed that any number of pictures may begin with."""
+    return random.randint(0, LAST_SEED)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,7 +26,7 @@ class Settings:
         prompt: up to 1000 characters; placeholders such as `<person>` name the subjects.
         negative_prompt: what the picture should not show, in ordinary words: no subject stands behind a placeholder there.
         num_images: 1 to 8. Image k uses seed + k, whatever the number.
-        steps: 1 to 150 denoising steps.
+        steps: 1 to 150 denoising steps, or to as many as the base's scheduler knows.
         guidance_scale: how strongly the prompt is followed, 1 (not more than learned) to 30; below 1 counts as 1.
         seed: 0 to 2^32 - 1. The same settings and seed give the same picture on the same machine.
         height, width: in pixels.
@@ -48,14 +55,16 @@ class Settings:
             prompt=_text("prompt", prompt),
             negative_prompt=_text("negative prompt", base.negative_prompt if negative_prompt is None else negative_prompt),
             num_images=_whole("num_images", num_images),
-            steps=_whole("steps", base.steps if steps is None else steps),
+            steps=_steps(base.steps if steps is None else steps, base),
             guidance_scale=_number("guidance_scale", base.guidance_scale if guidance_scale is None else guidance_scale),
-            seed=random.randrange(MAX_SEED) if seed is None else _whole("seed", seed),
+            seed=random_seed() if seed is None else _whole("seed", seed),
             height=_side("height", base.size if height is None else height, base),
             width=_side("width", base.size if width is None else width, base),
         )
         if not settings.prompt.strip():
             raise NestedAttentionError('the prompt is empty; say what the picture should show, for instance "<person> on the beach".')
+        if settings.seed + settings.num_images - 1 > MAX_SEED:
+            raise NestedAttentionError(f"seed is {seed}, and each further picture takes the next one; choose one up to {LAST_SEED}.")
         return settings
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +91,13 @@ def _whole(name: str, value: object) -> int:
     if number != int(number):
         raise NestedAttentionError(f"{name} is {value}; choose a whole number.")
     return int(number)
+
+
+def _steps(value: object, base: Base) -> int:
+    steps = _whole("steps", value)
+    if steps > base.most_steps:
+        raise NestedAttentionError(f"steps is {steps}; {base.name} draws in at most {base.most_steps} steps, and {base.steps} are enough.")
+    return steps
 
 
 def _side(name: str, value: object, base: Base) -> int:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from nested_attention.pipeline import NestedAttentionPipeline
     from nested_attention.subjects import Subject
 
-THIRDS = (0, 1, 2)
 WATCHED = 10  # cross-attention layers that are looked into at a step
 BLOCK = {"cpu": 1 << 20}  # by device, probabilities that exist at a time: on a CPU so few that they stay in its cache
 LARGE_BLOCK = 1 << 28  # on other devices, where many small steps cost more than the memory

@@ -15,6 +15,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Page
 
+from nested_attention.faces import frame
 from nested_attention.provenance import read_provenance
 from nested_attention.settings import Settings
 from nested_attention.ui.app import build_app
@@ -73,7 +74,10 @@ def test_a_base_without_adapters_has_a_page_too() -> None:
 def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
     client = Client(url, verbose=False)
     encoded = client.predict("person", [handle_file(photo)], "<ada>", 1.0, api_name="/encode")
+    assert encoded.pop("framed") == [frame(tiny.photo(0), "person", "whole").said]
     assert encoded == {"placeholder": "<ada>", "kind": "person", "pictures": 1, "tokens": 6}
+    faced = client.predict("person", [handle_file(photo)], "<bob>", 1.0, None, 1.0, "face", api_name="/encode")
+    assert faced["framed"] == [frame(tiny.photo(0), "person", "face").said]
     files, parameters = generate(client, "<ada> on the beach")
     assert len(files) == 2 and parameters["seed"] == 5 and parameters["prompt"] == "<ada> on the beach"
     made = read_provenance(files[1])
@@ -110,7 +114,8 @@ def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> N
     for arguments, words in (
         (("dragon", [handle_file(photo)], "", 1.0), "dragon"), (("person", [], "", 1.0), "at least one"),
         (("person", [handle_file(photo)], "", 7.0), "strength"), (("person", [handle_file(photo)], "", 1.0, 9.0), "lam"),
-        (("person", [handle_file(photo)], "", 1.0, 1.0, 0.0), "token_weight"), (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
+        (("person", [handle_file(photo)], "", 1.0, 1.0, 0.0), "token_weight"), (("person", [handle_file(photo)], "", 1.0, 1.0, 1.0, "sideways"), "no framing"),
+        (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
     ):  # fmt: skip
         with pytest.raises(AppError, match=words):
             client.predict(*arguments, api_name="/encode")
@@ -130,8 +135,8 @@ def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:
 
 
 def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
-    """Draws the first example, looks inside, clicks into the map, picks another, takes a ready-made prompt, empties the slots,
-    uploads, forgets the placeholder, is helped, asks for a new seed, cancels."""
+    """Draws the first example, looks inside, clicks into the map, compares, picks another, takes a ready-made prompt, empties the slots,
+    uploads, forgets the placeholder, is helped, asks for a new seed, cancels, drops a picture back."""
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 900})
         page.goto(url)
@@ -146,6 +151,9 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.wait_for_selector("#patches img", timeout=30_000)
         assert "<person>" in page.inner_text("#point")
         assert "token" in page.inner_text("#regions")
+        page.click("text=With and without the subject")
+        page.click("text=with ordinary words")
+        page.wait_for_selector("#slider img", timeout=60_000)
         page.click("#examples button >> nth=1")
         page.wait_for_function("document.querySelector('#inside-intro').innerText.includes('Press Generate first')")
         page.wait_for_selector("#point", state="hidden")
@@ -195,3 +203,8 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.wait_for_function("document.querySelector('#status').innerText.includes('Cancelled')")
         page.wait_for_timeout(1000)
         assert pictures(page) == drawn and "Cancelled" in page.inner_text("#status")
+        page.click("text=Settings in a picture")
+        page.set_input_files("#dropped input[type=file]", str(tmp_path / "served.png"))
+        page.wait_for_function(f"document.querySelector('#seed input').value == '{seed}'")
+        page.wait_for_function("document.querySelector('#notice').innerText.includes('Settings restored')")
+        assert page.input_value("#steps input[type=number]") != "150"

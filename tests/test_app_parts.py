@@ -6,8 +6,9 @@ from nested_attention.bases import BASES
 from nested_attention.provenance import UNCUT, read_provenance
 from nested_attention.ui.examples import load_examples
 from nested_attention.ui.gpu import on_gpu
+from nested_attention.ui.session import Slot
 from nested_attention.ui.slots import EMPTY, one_more, slot_labels, without
-from nested_attention.ui.studio import Slot, put_into_prompt
+from nested_attention.ui.studio import put_into_prompt
 from tests import tiny
 
 

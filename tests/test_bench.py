@@ -10,10 +10,11 @@ import torch
 from nested_attention.__main__ import main
 from nested_attention.attention import LayerSubject, plain
 from nested_attention.bases import UNETS
-from nested_attention.bench.step import COLUMNS, LENGTH, Bench, step_table, variants
+from nested_attention.bench.step import COLUMNS, LENGTH, VARIANTS, Bench, step_table
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.bench.yardsticks import DirectProcessor
 from nested_attention.condition import NestedCondition
+from nested_attention.loading import best_device, best_dtype
 from tests import tiny
 
 
@@ -31,7 +32,7 @@ def test_every_form_is_timed_and_leaves_no_trace(architecture: str) -> None:
     assert table["stock"]["ratio"] == 1 and table["stock"]["cache_mb"] == 0
     assert 0 < table["ours, 4 x 16"]["cache_mb"] == pytest.approx(4 * table["ours, 1 x 16"]["cache_mb"])
     assert step_table(bench, 1, ["ours, 1 x 16"]).keys() == {"stock", "ours, 1 x 16"}
-    variants(bench)["stock"](0)
+    VARIANTS["stock"](bench, 0)
     assert bench.unet.attn_processors == bench.ours
 
 
@@ -63,8 +64,23 @@ def test_the_command_prints_and_writes_what_it_measured(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", f"nested_attention bench --scale sd15 --repeats 1 --json {tmp_path / 'sd15.json'}".split())
     main()
     said, written = capsys.readouterr().out, json.loads((tmp_path / "sd15.json").read_text())
-    assert "direct form, 1 x 1024" in said and written["device"] in said
+    assert "direct form, 1 x 1024" in said and f"sd15 on {written['device']}, {written['dtype']}, torch" in said
+    assert written["dtype"] == str(best_dtype(best_device())).removeprefix("torch.")
     assert written["scale"] == "sd15" and {"seconds", "ratio", "peak_mb", "extra_mb", "cache_mb"} == written["step"]["stock"].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--repeats", "0"], "argument --repeats: 0 is no number of rounds; name a whole number from 1 on"),
+        (["--only", "stock", "typo"], "argument --only: invalid choice: 'typo' (choose from "),
+    ],
+)
+def test_options_that_time_nothing_are_refused(options: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["nested_attention", "bench", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert words in capsys.readouterr().err
 
 
 def test_a_place_that_takes_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_memory_counts_what_works_beside_the_base_in_the_dtype_that_is_used() ->
     assert on_cpu.placement == LADDER[0].name
     assert on_gpu.memory == pytest.approx(sdxl.gigabytes * (LADDER[3].share + 0.25) + beside)
     assert on_gpu.placement == LADDER[3].name  # 9 GB would do for one part at a time, but for the adapter
+    assert on_gpu.free == on_cpu.free == 9.0 and on_gpu.fits and not on_cpu.fits
 
 
 def test_seconds_and_download() -> None:

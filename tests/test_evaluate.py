@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nested_attention import NestedAttentionError
 from nested_attention.bases import ASSETS
@@ -23,25 +24,35 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_a_part_of_the_same_weights_and_prompts_is_not_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, source = ScoreFile(tmp_path / "scores.json"), made_of("cat", "personalized", 7, "test", None)
-    file.keep("cat, base", made_of("cat", "base", 7, "test", None), {"style": Score.of([True, True], [True])})
-    file.keep("cat, personalized", source, {"style": Score.of([True, False], [True])})
-    again = ScoreFile(tmp_path / "scores.json")
-    assert again.parts == file.parts
+    without, cases = ([make_case("cat", index, personalized) for index in range(7)] for personalized in (False, True))
+    path = tmp_path / "scores.json"
+    file, other_process, source = ScoreFile(path), ScoreFile(path), made_of("cat", cases, None)
+    file.keep("cat, base", made_of("cat", without, None), {"style": Score.of([True, True], [True])})
+    other_process.keep("cat, personalized", source, {"style": Score.of([True, False], [True])})
+    file.keep_seconds({"one image": 1.5})
+    file.keep("cat, personalized", made_of("cat", cases, 1.4), {"style": Score.of([False, False], [True])})  # takes nothing away
+    again = ScoreFile(path)
+    assert again.parts == file.parts and len(again.parts) == 3 and again.seconds == {"one image": 1.5}
     run({"cat": 7}, 1, again)  # at once: there is nothing to draw
     assert "cat, personalized (7 prompts)" in (said := capsys.readouterr().out) and "against the base -50.0" in said
-    for other in (
-        made_of("cat", "personalized", 8, "test", None),
-        made_of("cat", "personalized", 7, "test", 1.4),
-        source | {"weights": "0"},
-    ):
+    elsewhere = [make_case("cat", index, True, "validation") for index in range(7)]
+    for other in (made_of("cat", cases[1:], None), made_of("cat", elsewhere, None), source | {"weights": "0"}):
         assert again.find("cat, personalized", other) is None
-    assert source["weights"] != made_of("person", "personalized", 7, "test", None)["weights"]
-    assert made_of("person", "base", 7, "test", None) == made_of("cat", "base", 7, "test", 1.4)  # no adapter is asked there
+    assert source["weights"] != made_of("person", cases, None)["weights"]
+    assert made_of("person", without, None) == made_of("cat", without, 1.4)  # no adapter is asked there
+
+
+def test_what_is_drawn_is_kept_and_shown(tmp_path: Path) -> None:
+    file = ScoreFile(tmp_path / "scores.json")
+    run({"base": 2}, 1, file, tmp_path / "sheets")
+    (part,) = ScoreFile(file.path).parts
+    assert part["part"] == "base, base" and part["scores"]["kind"].count >= 2
+    with Image.open(tmp_path / "sheets/base-base.jpg") as picture:
+        assert picture.size == (256, 128)
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
-    for content in ("{", "[]", '{"seconds": {}, "parts": {"cat, base": {"made_of": {}, "scores": {"kind": 1}}}}'):
+    for content in ("{", "[]", '{"seconds": {}, "parts": [{"part": "cat, base", "scores": {"kind": 1}}]}'):
         (file := tmp_path / "scores.json").write_text(content)
         with pytest.raises(NestedAttentionError, match=r"scores\.json holds no scores of this evaluation"):
             ScoreFile(file)

@@ -10,7 +10,7 @@ from nested_attention.settings import Settings
 from nested_attention.subjects import EncodedImage, Subject
 from nested_attention.tracing import Mean, Trace
 from nested_attention.ui.explain import SHOWN, reference_heat, regions, value_picture
-from nested_attention.ui.studio import Result
+from nested_attention.ui.session import Result
 
 GRID, WORDS, TOKENS = (2, 2), 3, 3
 BLACK = Image.new("RGB", (32, 32))

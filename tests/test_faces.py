@@ -1,5 +1,6 @@
 """Finding faces in real photos that packages ship, without any model to download."""
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -51,6 +52,14 @@ def test_the_face_is_found_however_the_photo_lies(image: Image.Image, kind: str,
     expected = moved(*true, *image.size)
     assert np.hypot(*np.subtract(middle(found[0]), expected)) < 0.15 * side
     assert found[0].method == "opencv"
+
+
+def test_threads_find_what_one_alone_finds() -> None:
+    pictures = [(image, kind) for image, kind in ((ASTRONAUT, "person"), (PORTRAIT, "person"), (CHELSEA, "cat"), (PORTRAIT, "cat"))] * 2
+    alone = [[face.box for face in find_faces(*picture)] for picture in pictures[:4]] * 2
+    with ThreadPoolExecutor(4) as threads:
+        together = [[face.box for face in faces] for faces in threads.map(lambda picture: find_faces(*picture), pictures)]
+    assert together == alone
 
 
 def test_a_group_gives_six_choices_the_largest_first() -> None:

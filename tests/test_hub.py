@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from nested_attention import NestedAttentionError
 from nested_attention.bases import ASSETS, BASES, Base, find_base
@@ -74,6 +74,13 @@ def test_a_repo_with_nothing_but_weights_in_16_bit_loads(both_widths: dict[str, 
     assert weights(fetched(hub)) == {f"{model}.fp16.safetensors" for model in MODELS}
     assert torch.equal(stock.unet.conv_in.weight, tiny.stock("sdxl").unet.conv_in.weight)
     assert preset.licence == "see its page on the Hub"
+
+
+def test_a_repo_with_nothing_but_pickles_is_named(both_widths: dict[str, bytes], hub: HubServer) -> None:
+    pickled = {path.replace("unet/diffusion_pytorch_model.", "unet/model.bin."): content for path, content in both_widths.items()}
+    hub.publish(REPO, {path: content for path, content in pickled.items() if "unet/" not in path or path.endswith("json")})
+    with pytest.raises(NestedAttentionError, match=f"{REPO} has no safetensors for unet, and .* not read; choose another repo or revision"):
+        load_base(REPO, torch.float32)
 
 
 @pytest.mark.parametrize(("architecture", "name"), [("FluxPipeline", "Flux"), ("StableDiffusion3Pipeline", "StableDiffusion3")])
@@ -177,6 +184,23 @@ def test_a_repo_that_moves_on_is_used_at_its_recorded_commit(revision: str | Non
     assert (fetch(REPO, second, ["*.json"]) / "more.json").read_bytes() == b"2"
     record_file().unlink()
     assert commit_of(REPO, revision) == second
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_without_a_hub_what_others_fetched_is_used(revision: str | None, hub: HubServer, monkeypatch, tmp_path: Path) -> None:
+    commit = hub.publish(REPO, {"config.json": b"1"})
+    snapshot_download(REPO)
+    hub.publish(REPO, {"config.json": b"2"})
+    assert commit_of(REPO, revision, local=True) == commit and not record_file().exists()
+    hub.fail_once("GET /api/models", 500)
+    with pytest.raises(NestedAttentionError, match="refused"):
+        commit_of(REPO, revision)
+    with HubServer("token") as gone:
+        visit(gone, monkeypatch, tmp_path / "home")
+    assert (fetch(REPO, revision, ["*.json"]) / "config.json").read_bytes() == b"1"
+    assert commit_of(REPO, revision) == commit and record_file().exists()
+    with pytest.raises(NestedAttentionError, match="somebody/else is not in the cache and the Hub cannot be reached"):
+        commit_of("somebody/else", revision)
 
 
 def test_a_download_that_finds_no_room_is_said(hub: HubServer) -> None:

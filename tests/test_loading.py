@@ -13,13 +13,15 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline, patches
-from nested_attention.adapters import AdapterConfig
+from nested_attention.adapters import AdapterConfig, list_adapters, read_config
 from nested_attention.bases import BASES, FewSteps, find_base
 from nested_attention.encoding import ImageEncoders
 from nested_attention.hub import commit_of
-from nested_attention.loading import best_dtype, load_base, make_quick, usable_device
+from nested_attention.loading import best_dtype, load_adapters, load_base, make_quick, usable_device
+from nested_attention.settings import Settings
 from nested_attention.ui.examples import load_examples
 from tests import tiny
+from tests.hub_server import HubServer, visit
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -81,6 +83,37 @@ def test_a_base_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(BASES, "gone", replace(BASES["storybook"], name="gone", source=str(tmp_path / "gone")))
     with pytest.raises(NestedAttentionError, match=r"gone is not in .*; put back a whole copy"):
         load_base("gone", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ("file", r"file/config\.json is missing, so .*file is not an adapter"),
+        ("runs/adapter-persn", r"there is no folder runs/adapter-persn here, and as a repo: .* the Hub cannot be reached"),
+    ],
+)
+def test_an_adapter_that_is_none_is_named(adapter: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with HubServer("token") as gone:
+        visit(gone, monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(NestedAttentionError, match=words):
+        load_adapters(BASES["sd15"], tiny.stock("sd").unet, adapter, torch.device("cpu"))
+
+
+def test_an_adapter_that_should_come_along_and_is_lost_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nested_attention.errors.SHIPPED", tmp_path)
+    folder, unet = tmp_path / "adapters", tiny.stock("sd").unet
+    folder.mkdir()
+    with pytest.raises(NestedAttentionError, match=r"adapters, of .* is missing or empty; get it back with `git checkout -- .*adapters`"):
+        list_adapters(folder)
+    for kind in ("cat", "person"):
+        tiny.adapter(unet, kind).save(folder / kind)
+    (folder / "cat.being-replaced").mkdir()
+    assert list(list_adapters(folder)) == ["cat", "person"]
+    (folder / "person/config.json").unlink()
+    with pytest.raises(NestedAttentionError, match=r"person/config\.json, of .* get it back with `git checkout -- .*config\.json`"):
+        list_adapters(folder)
 
 
 def test_unknown_names_and_devices_are_named() -> None:
@@ -190,6 +223,34 @@ def test_few_step_presets_are_their_base_with_fewer_steps() -> None:
             whole = BASES[base.name.split("-")[0]]
             assert base.source == whole.source and base.steps < whole.steps / 2 and base.guidance_scale <= 2
             assert hasattr(diffusers, base.few_steps.scheduler)
+
+
+def test_no_more_steps_are_drawn_than_the_scheduler_takes(stored: Path, tmp_path: Path) -> None:
+    assert load_base(str(stored), torch.float32)[0].most_steps == 150
+    stock = tiny.stock("sd")
+    stock.scheduler = diffusers.LCMScheduler()
+    stock.save_pretrained(tmp_path / "lcm")
+    base, _ = load_base(str(tmp_path / "lcm"), torch.float32)
+    assert Settings.checked(base, "a cat", steps=50).steps == 50
+    with pytest.raises(NestedAttentionError, match=r"steps is 51; .*lcm draws in at most 50 steps"):
+        Settings.checked(base, "a cat", steps=51)
+
+
+@pytest.mark.parametrize("kind", ["cat", "dog"])
+def test_an_adapter_of_a_training_finds_the_image_encoder_of_its_base(kind: str, tmp_path: Path) -> None:
+    """Its config says where that is from the folder in which such an adapter comes along with the base, or would."""
+    shipped = BASES["storybook"].adapters / "cat"  # type: ignore[operator]
+    config = replace(read_config(shipped), kind=kind)
+    found = ImageEncoders({kind: tmp_path / "adapter"}, torch.device("cpu"), torch.float32).get(config)
+    own = ImageEncoders({"cat": shipped}, torch.device("cpu"), torch.float32).get(read_config(shipped))
+    assert config.image_encoder == "../../image_encoder"
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_an_adapter_of_a_training_encodes(tmp_path: Path) -> None:
+    shutil.copytree(BASES["storybook"].adapters / "cat", tmp_path / "adapter")  # type: ignore[operator]
+    pipe = NestedAttentionPipeline.from_pretrained("storybook", adapter=tmp_path / "adapter", device="cpu")
+    assert pipe.kinds == ("cat",) and pipe.encode("cat", tiny.photo(1)).images[0].bytes > 0
 
 
 def test_the_shipped_weights_draw_every_kind_of_subject() -> None:

@@ -1,7 +1,10 @@
 """The ladder of memory measures: what is chosen, that no rung changes a picture, and that one step down saves a request."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -9,18 +12,21 @@ import psutil
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nested_attention import NestedAttentionError, NestedAttentionPipeline, trace
+from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, trace
 from nested_attention.adapters import Adapter, AdapterConfig, cross_attention_layers
 from nested_attention.bases import BASES, UNETS
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import QFormerConfig
-from nested_attention.memory import LADDER, choose, free_gigabytes, settle
+from nested_attention.loading import load_adapters
+from nested_attention.memory import DECODE, LADDER, TILE, choose, free_gigabytes, needed, settle
 from tests import tiny
 from tests.tiny import pixels
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
 
 @pytest.mark.parametrize(("free", "rung"), [(24.0, 0), (10.0, 1), (9.0, 2), (7.0, 3), (0.5, 3)])
@@ -32,6 +38,55 @@ def test_the_first_rung_that_fits_is_chosen(free: float, rung: int) -> None:
 
 def test_free_memory_of_a_cpu_is_what_the_system_says() -> None:
     assert 0 < free_gigabytes(CPU) < psutil.virtual_memory().total / 1e9
+
+
+def test_what_pytorch_keeps_of_a_gpu_for_the_next_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000_000, 8_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3_000_000_000)
+    assert free_gigabytes(CUDA) == pytest.approx(4.0)
+
+
+class Held(TorchDispatchMode):
+    """`peak`: the most bytes that what is computed inside held at one time, also on the device "meta", where there are none."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage()
+            if not hasattr(storage, "held"):
+                storage.held = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def drop(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize(("number", "side"), [(0, 1024), (1, TILE)])
+def test_what_decoding_takes_is_that_of_the_real_shapes(number: int, side: int) -> None:
+    """Of one picture, or one tile of it, however many pictures there are."""
+    stock = tiny.stock("sdxl")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2}
+    with META:
+        stock.vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), latent_channels=4, sample_size=1024, **blocks)
+    stock.vae.eval().requires_grad_(False)
+    stock.vae_scale_factor = 8
+    LADDER[number].place(stock, META)
+    with Held() as held:
+        assert stock.vae.decode(torch.empty(4, 4, 128, 128, device=META)).sample.shape == (4, 3, 1024, 1024)
+    assert held.peak / 1e9 == pytest.approx(DECODE * side**2, rel=0.15)
+
+
+def test_a_large_picture_counts_where_it_is_decoded_whole() -> None:
+    sdxl, half = BASES["sdxl"], torch.float16
+    assert needed(sdxl, LADDER[0], half) == pytest.approx(sdxl.gigabytes + sdxl.subject_gigabytes + 3.2, abs=0.05)
+    assert choose(sdxl, 11.0, CUDA, half) == 1 and choose(sdxl, 12.0, CUDA, half) == 0
+    assert needed(sdxl, LADDER[0], torch.float32) == pytest.approx(2 * (1.25 * sdxl.gigabytes + sdxl.subject_gigabytes))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -48,8 +103,9 @@ def test_sizes_of_adapters_and_subjects_are_those_of_the_released_shape(name: st
 
 
 def test_every_rung_needs_less_than_the_one_before() -> None:
-    shares = [rung.share for rung in LADDER]
-    assert shares == sorted(shares, reverse=True)
+    for base in BASES.values():
+        takes = [needed(base, rung, torch.float16) for rung in LADDER]
+        assert takes == sorted(takes, reverse=True) and len(set(takes)) == len(LADDER)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -84,14 +140,14 @@ def test_parts_that_take_turns_draw_the_same_picture_and_previews_leave_them(arc
 def test_a_rung_draws_the_same_picture_for_two_at_once(number: int) -> None:
     """With the real hooks, on a CPU. Requests take turns as on a GPU, else the parts of one would be moved under the other.
 
-    Not the last rung: accelerate's hooks for single layers need a device that is not the CPU.
+    Not the last rung: accelerate's hooks for single layers need a device that is not the CPU. `settle` leaves out the one before, too.
     """
     pipe = tiny.pipeline("sd")
     subject = pipe.encode("cat", tiny.photo(3))
     expected = [pixels(pipe("<cat> on the beach", [subject], seed=seed)) for seed in (3, 4)]
     pipe.turn = threading.Lock()
-    pipe.rung = settle(pipe.stock, CPU, number)
-    assert pipe.rung == number
+    pipe.rung = number
+    LADDER[number].place(pipe.stock, CPU)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda seed: pixels(pipe("<cat> on the beach", [subject], seed=seed)), (3, 4)))
     assert np.abs(np.subtract(found, expected)).max() <= 1
@@ -142,13 +198,70 @@ def test_a_picture_that_cannot_be_encoded_for_want_of_memory_is_told(monkeypatch
         pipe.encode("cat", tiny.photo(3))
 
 
+def test_an_adapter_that_finds_no_room_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unet = tiny.stock("sd").unet
+    tiny.adapter(unet, "cat").save(tmp_path)
+    monkeypatch.setattr(Adapter, "to", without_room)
+    with pytest.raises(NestedAttentionError, match="cuda has too little memory to hold the adapters for cat; close what else uses it"):
+        load_adapters(BASES["sd15"], unet, tmp_path, CUDA)
+
+
 def test_a_model_that_does_not_fit_goes_down_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = tiny.stock("sd")
     with monkeypatch.context() as patch:  # no room for all of it at once: for the two rungs that need this
         patch.setattr(stock, "enable_model_cpu_offload", without_room)
         patch.setattr("nested_attention.memory.tile", without_room)
-        with pytest.raises(NestedAttentionError, match="cpu has too little memory even for sequential offload"):
-            settle(stock, CPU, 1)
+        with pytest.raises(NestedAttentionError, match="meta has too little memory even for sequential offload"):
+            settle(stock, META, 1)
         patch.undo()
         patch.setattr(stock, "enable_model_cpu_offload", without_room)
-        assert settle(stock, CPU, 2) == 3
+        patch.setattr(stock, "enable_sequential_cpu_offload", lambda device: None)
+        assert settle(stock, META, 2) == 3
+
+
+def test_on_a_cpu_nothing_can_wait_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("sd")
+    pipe.rung = settle(pipe.stock, CPU, 1)
+    short_of_memory(pipe, 1, monkeypatch)
+    with pytest.raises(NestedAttentionError, match="cpu has too little memory for 1 pictures"):
+        pipe("a cat on the beach")
+    assert pipe.rung == 1 and len(pipe("a cat on the beach").images) == 1
+    with pytest.raises(NestedAttentionError, match="cpu has too little memory even for everything on the device, attention in slices"):
+        settle(pipe.stock, CPU, 2)
+
+
+def test_half_a_model_that_only_passes_through_the_machines_memory_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    stock = tiny.stock("sd").to(torch.float16)
+    caplog.clear()
+    settle(stock, META, 0)
+    assert caplog.messages == [] and stock.unet.device == META
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+def test_a_decode_that_fails_leaves_the_vae_as_it_was(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 SDXL's VAE, which all requests share, decodes in float32 and goes back afterwards."""
+    pipe = NestedAttentionPipeline(tiny.pipeline("sdxl").base, tiny.stock("sdxl").to(torch.float16), {}, {})
+    decode, seen = pipe.stock.vae.decode, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        seen.append(pipe.stock.vae.dtype)
+        if len(seen) == 1:
+            raise error
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.stock.vae, "decode", failing)
+    with suppress(KeyboardInterrupt):
+        pipe("a cat on the beach")
+    assert pipe.stock.vae.dtype == torch.float16
+    assert len(pipe("a cat on the beach").images) == 1
+    assert set(seen) == {torch.float32} and pipe.stock.vae.dtype == torch.float16
+
+
+def test_a_request_that_is_cancelled_sends_the_parts_home() -> None:
+    pipe = tiny.pipeline("sd")
+    LADDER[2].place(pipe.stock, CPU)
+    hook = pipe.stock.unet._hf_hook
+    with pytest.raises(Cancelled):
+        pipe("a cat on the beach", callback=lambda progress: (_ for _ in ()).throw(Cancelled()))
+    assert pipe.stock.unet._hf_hook is not hook  # a new one is only given to a part that was moved to the CPU
+    assert len(pipe("a cat on the beach").images) == 1

@@ -62,10 +62,11 @@ def test_what_cannot_be_chosen_is_said(studio: Studio) -> None:
 
 
 def test_costs_in_words(studio: Studio) -> None:
-    assert cost_text(Estimate(True, 0.0, 2.04, "whole", 100.0), studio.pipe) == (
+    assert cost_text(Estimate(True, 0.0, 2.04, "whole", 100.0, 16.0), studio.pipe) == (
         "on this machine · 2.0 GB of memory · on cpu, whole, about 2 min a picture"
     )
-    assert cost_text(Estimate(False, 6.94, 9.0, "in parts", 9000.0), studio.pipe).startswith("**6.9 GB to download** · 9.0 GB")
+    assert cost_text(Estimate(False, 6.94, 9.0, "in parts", 9000.0, 16.0), studio.pipe).startswith("**6.9 GB to download** · 9.0 GB")
+    assert "9.0 GB of memory, ⚠️ **of which only 6.5 GB are free** · on" in cost_text(Estimate(True, 0, 9.0, "whole", 9.0, 6.5), studio.pipe)
     assert [spoken_time(seconds) for seconds in (0.2, 3.4, 240.0)] == ["1 s", "3 s", "4 min"]
 
 
@@ -84,6 +85,9 @@ def test_the_chosen_model_is_loaded_and_what_cannot_be_changes_nothing(studio: S
     assert f"**{tmp_path / 'base'}**" in done[0] and "Adapters: cat (MIT)." in done[0] and done[1:] == ["", ("cat",), "before"]
     pipe = studio.session("anybody").pipe
     assert pipe is not studio.pipe and pipe.stock.unet.dtype in (torch.float32, torch.bfloat16)
-    _, refused = load("somebody/else", OWN, ANYBODY, "before")
-    assert "the Hub cannot be reached" in refused[1] and refused[2:] == [gr.skip()] * 2
+    *_, refused = load("somebody/else", OWN, ANYBODY, "before")
+    assert "the Hub cannot be reached" in refused[1] and refused[0] == done[0] and refused[2:] == [("cat",), "before"]
     assert studio.session("anybody").pipe is pipe
+    *_, broken = load(str(tmp_path / "base"), "runs/adapter-dog/adapter", ANYBODY, "before")
+    assert "runs/adapter-dog" in broken[1] and studio.session("anybody").pipe is studio.pipe  # the other one had to go to load this
+    assert loaded_text(studio.pipe) == broken[0] and broken[2:] == [studio.pipe.kinds, "before"]

@@ -98,19 +98,51 @@ def test_prepare_writes_shards_that_read_back(shaped: Path, tmp_path: Path) -> N
     assert_same_photos(open_source(f"{tmp_path}/ready/shards/data-*.tar", "rocket"), FolderSource(shaped, "rocket"))
 
 
-def test_a_data_set_gives_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_data_set(prepared: Path, folder: Path) -> str:
+    """The photos of a prepared folder as a data set that was saved to disk."""
     datasets = pytest.importorskip("datasets")
-    rows = rows_of(shaped)
-    columns = {"image": [str(shaped / row["file_name"]) for row in rows], "reference": [str(shaped / row["reference"]) for row in rows]}
+    rows = rows_of(prepared)
+    columns = {
+        "image": [str(prepared / row["file_name"]) for row in rows],
+        "reference": [str(prepared / row["reference"]) for row in rows],
+    }
     made = datasets.Dataset.from_dict({**columns, "text": [row["text"] for row in rows]})
     for column in columns:
         made = made.cast_column(column, datasets.Image())
-    made.save_to_disk(str(tmp_path / "saved"))
-    source = open_source(str(tmp_path / "saved"), "rocket")
+    made.save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_a_data_set_gives_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(as_data_set(shaped, tmp_path / "saved"), "rocket")
     assert isinstance(source, HubSource)
     assert_same_photos(source, FolderSource(shaped, "rocket"))
     monkeypatch.setattr(hub, "upright_size", None)  # sizes are known from the first start
     assert HubSource(str(tmp_path / "saved"), "rocket").sizes == source.sizes
+
+
+def test_a_damaged_photo_is_named_with_what_takes_it_out(shaped: Path, tmp_path: Path) -> None:
+    shutil.copytree(shaped, tmp_path / "ready")
+    photo = tmp_path / "ready/images/02.jpg"
+    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    for data, words in {
+        str(tmp_path / "ready"): r"images/02\.jpg in .*ready is damaged .*, remove its line from .*ready/metadata\.jsonl and give",
+        sharded(tmp_path / "ready", tmp_path / "shards", 23): r"02 in data-000000\.tar is .*, write data-000000\.tar again without the files of 02",
+        as_data_set(tmp_path / "ready", tmp_path / "saved"): r"the image in row 2 of .*saved is .*, save the other rows in a folder .* --data\.",
+    }.items():  # fmt: skip
+        with pytest.raises(NestedAttentionError, match=words):
+            open_source(data, "rocket")[2]
+
+
+def test_a_data_set_without_references_is_told_what_makes_them(shaped: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.load_from_disk(as_data_set(shaped, tmp_path / "saved"))
+    made.remove_columns("reference").save_to_disk(str(tmp_path / "plain"))
+    with pytest.raises(NestedAttentionError, match=r"no column reference, only image, text; .*`python -m train\.prepare FOLDER`"):
+        open_source(str(tmp_path / "plain"), "rocket")
+    made.rename_column("text", "caption").save_to_disk(str(tmp_path / "renamed"))
+    with pytest.raises(NestedAttentionError, match=r"no column text, .*; rename its columns to image, reference and text\."):
+        open_source(str(tmp_path / "renamed"), "rocket")
 
 
 def test_a_data_set_may_be_named_at_a_revision(shaped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +218,21 @@ def test_shards_on_a_server_are_read_in_parts(shaped: Path, tmp_path: Path, web:
     again[3]
     assert handler.served < total / 4
     assert len(list((tmp_path / "home/nested_attention/shards").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "excuse", "waits"), [(429, "7", 7), (429, "86400", 60), (408, "", 1), (503, "Wed, 21 Oct 2026 07:28:00 GMT", 1)]
+)
+def test_a_busy_server_is_asked_again_when_it_wishes(
+    shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]], monkeypatch: pytest.MonkeyPatch, status: int, excuse: str, waits: float
+) -> None:  # fmt: skip
+    address, handler = web
+    waited: list[float] = []
+    monkeypatch.setattr(places.time, "sleep", waited.append)
+    sharded(shaped, tmp_path / "shards", 23)
+    handler.failures, handler.failure, handler.excuse = 1, status, {"Retry-After": excuse} if excuse else {}
+    assert len(open_source(f"{address}/data-000000.tar", "rocket")) == 23
+    assert waited == [waits]
 
 
 def test_what_a_server_does_not_give_is_said(shaped: Path, tmp_path: Path, web: tuple[str, type[PartsHandler]]) -> None:

@@ -1,4 +1,4 @@
-"""Training on photos with the tiny SDXL: exact resume, several processes as one, cached features, two stages, few photos."""
+"""Training on photos with the tiny SDXL: exact resume, several processes as one, cached features, few photos."""
 
 import json
 import os
@@ -10,41 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
 
-import train.adapter
-from nested_attention import NestedAttentionError, bases, encoding
-from nested_attention.adapters import Adapter
+from nested_attention import NestedAttentionError
 from tests import photo_run, tiny
-from tests.photo_files import served
-from train.adapter import Job, default_config, read_section
+from tests.photo_files import PLACES, prepared, served
 from train.loop import Share, fit
 from train.objective import NoiseObjective, objective_of
 from train.photos.cache import MADE_OF, FeatureCache
-from train.photos.folder import PreparedPhoto
 from train.photos.places import BLOCK
-from train.photos.shards import write_shards
-from train.push import Run, card
-
-PLACES = ("on the beach", "in the snow", "at night")
-
-
-def prepared(folder: Path, captions: list[str]) -> str:
-    """A prepared folder of small photos of noise, of three shapes, and all of them in one shard in `shards`."""
-    (folder / "images").mkdir(parents=True)
-    (folder / "references").mkdir()
-    lines = []
-    for number, caption in enumerate(captions):
-        size = ((80, 80), (64, 96), (96, 64))[number % 3]
-        tiny.photo(number, size).save(folder / f"images/{number}.png")
-        tiny.photo(100 + number, (40, 40)).save(folder / f"references/{number}.png")
-        line = {"file_name": f"images/{number}.png", "reference": f"references/{number}.png", "text": caption}
-        lines.append(json.dumps(line | {"height": size[0], "width": size[1], "method": "whole"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    write_shards(folder, [PreparedPhoto(**json.loads(line)) for line in lines], folder / "shards", len(lines))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -167,102 +142,6 @@ def test_captions_that_name_the_subject_too_late_are_left_out(tmp_path: Path, ca
         _ = photo_run.task(prepared(tmp_path / "all", [late, late])).parts
 
 
-# -------------------------------------------------------------------------------------------------------------- jobs
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny SDXL in `base` and the tiny image encoder in `vision`."""
-    folder = tmp_path_factory.mktemp("parts")
-    tiny.stock("sdxl").save_pretrained(folder / "base")
-    tiny.vision().save_pretrained(folder / "vision")
-    return folder
-
-
-@pytest.fixture
-def job(parts: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Two stages of two steps on photos; its pictures are small and drawn in one step."""
-    monkeypatch.setitem(bases.ARCHITECTURES, "StableDiffusionXLPipeline", photo_run.SMALL)
-    loop = {"steps": 2, "batch_size": 2, "muon_lr": 0.0, "mixed_precision": "no", "workers": 0, "log_every": 1, "held_out_every": 5}
-    config = {
-        "image_encoder": str(parts / "vision"), "framing": "face", "value_norm": "full", "lam": 1.0, "licence": "MIT",
-        "image": {"size": 32}, "qformer": {"num_tokens": 4, "width": 32, "depth": 1, "heads": 2, "head_dim": 16},
-        "stages": [{"resolution": 64, "loop": loop}, {"resolution": 128, "loop": loop | {"steps": 1, "tensorboard": True}}],
-    }  # fmt: skip
-    return Job("person", "man", str(parts / "base"), photos, None, tmp_path / "features", tmp_path / "run", config)
-
-
-def test_stages_follow_each_other_draw_grids_and_become_a_card(job: Job) -> None:
-    folder = job.run()
-    adapter = Adapter.load(folder, tiny.stock("sdxl").unet)
-    assert adapter.config.word == "man" and adapter.config.framing == "face" and adapter.config.image_revision is None
-    last, first = job.out, job.out / "stage-1"
-    assert [json.loads((run / "progress.json").read_text())["step"] for run in (first / "state", last / "state")] == [2, 1]
-    for run, steps in ((first, 2), (last, 1)):
-        assert Image.open(run / f"grids/{steps:06d}.png").size == (4 * 32, 32)  # one photo is held out: itself, three prompts
-    assert list(last.glob("**/events.out.tfevents*")) and not list(first.glob("**/events.out.tfevents*"))
-    run = Run.read(job.out)
-    assert [stage.steps for stage in run.stages] == [2, 1] and run.grids == {2: first / "grids/000002.png", 3: last / "grids/000001.png"}
-    logged = json.loads((last / "log.jsonl").read_text())
-    assert adapter.config.metrics == {"last loss": logged["loss"], "held-out loss": logged["held_out"]}
-    text = card(run, "me/man")
-    for row in ("| steps | 3 (2 + 1) |", f"| last loss | {logged['loss']:g} |", f"| held-out loss | {logged['held_out']:g} |"):
-        assert row in text
-
-
-def test_frozen_parts_in_16_bit_train_and_draw_without_autocast(job: Job) -> None:
-    half = replace(job, config=job.config | {"frozen": "bfloat16", "stages": job.config["stages"][:1]}, cache=None)
-    half.run()
-    assert (job.out / "grids/000002.png").is_file()
-
-
-def test_an_image_encoder_on_the_hub_is_kept_at_its_commit(job: Job, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.adapter, "commit_of", lambda repo: f"commit of {repo}")
-    monkeypatch.setattr(encoding, "fetch", lambda repo, revision, patterns: parts)
-    model, _ = replace(job, config=job.config | {"image_encoder": "me/eyes", "image_subfolder": "vision"}).model()
-    config = model.adapter.config
-    assert (config.image_encoder, config.image_subfolder, config.image_revision) == ("me/eyes", "vision", "commit of me/eyes")
-
-
-def test_what_a_job_lacks_is_said_before_the_base_is_loaded(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.adapter, "load_base", None)
-    storybook = {name: value for name, value in job.config.items() if name != "stages"} | {"stages": [{"loop": {}}], "diffusion": {}}
-    for wrong, words in (
-        (replace(job, data="/nowhere/at/all"), "there is nothing to train on"),
-        (replace(job, kind="cat"), r"names <person>: .* or train with --kind person\."),
-        (replace(job, data=None), r"this config is for photos, .*; name them with --data\."),
-        (replace(job, config=storybook), "this config is for Storybook's own pictures"),
-        (replace(job, config=storybook, data=None, kind="dog"), "Storybook has no 'dog'"),
-    ):
-        with pytest.raises(NestedAttentionError, match=words):
-            wrong.run()
-
-
-def test_an_adapter_of_other_sizes_is_no_start(job: Job, tmp_path: Path) -> None:
-    tiny.adapter(tiny.stock("sdxl").unet, "person").save(tmp_path / "six")
-    with pytest.raises(NestedAttentionError, match=r"six/adapter\.safetensors has other sizes than the config and the base"):
-        replace(job, init=tmp_path / "six").model()
-    with pytest.raises(NestedAttentionError, match=r"none/adapter\.safetensors is not there, .*train\.keys --kind person\), or .* --init"):
-        replace(job, init=tmp_path / "none").model()
-
-
-def test_every_base_of_sdxls_architecture_has_a_config(parts: Path) -> None:
-    found = {base: default_config(base).name for base in ("storybook", "sdxl", "sdxl-lightning", str(parts / "base"), "you/your-sdxl")}
-    assert found == dict.fromkeys(found, "sdxl.toml") | {"storybook": "storybook.toml"}
-    with pytest.raises(NestedAttentionError, match=r"there is no config for the base sd15; write one after .*sdxl\.toml"):
-        default_config("sd15")
-    with pytest.raises(NestedAttentionError, match=r"is no config with a section \[adapter\]"):
-        read_section(parts / "none.toml")
-    assert all("resolution" in stage for stage in read_section(default_config("sdxl"))["stages"])
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "multinode"])
-def test_accelerate_reads_the_launch_configs(name: str) -> None:
-    path = train.adapter.CONFIGS / f"accelerate/{name}.yaml"
-    config = load_config_from_file(str(path))
-    assert config.num_processes % config.num_machines == 0 and (config.num_machines > 1) == (name == "multinode")
-
-
 def test_gradient_checkpoints_give_the_same_gradients(photos: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -287,3 +166,14 @@ def test_the_noise_objective_is_the_schedulers(photos: str) -> None:
     assert float(objective.error(noise, clean, noise, level).max()) == 0
     velocity = NoiseObjective(scheduler.alphas_cumprod, "v_prediction")
     assert float(velocity.error(scheduler.get_velocity(clean, noise, steps), clean, noise, level).max()) < 1e-10
+
+
+def test_a_photo_that_a_worker_cannot_read_is_one_sentence(tmp_path: Path) -> None:
+    folder = Path(prepared(tmp_path / "some", ["<person> at night"] * 4))
+    damaged = folder / "images/0.png"
+    damaged.write_bytes(damaged.read_bytes()[:4000])
+    said = f"images/0.png in {folder} is damaged or cut off and cannot be read; save it again as PNG or JPEG. "
+    said += f"To go on without it, remove its line from {folder / 'metadata.jsonl'} and give the same command."
+    with pytest.raises(NestedAttentionError) as caught:
+        fit(photo_run.task(str(folder)), replace(photo_run.loop(2), batch_size=1, workers=1), tmp_path / "run", {})
+    assert str(caught.value) == said

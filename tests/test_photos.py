@@ -4,13 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from nested_attention import NestedAttentionError
 from nested_attention.faces import FRAME, find_faces
+from nested_attention.images import padded_square
 from tests.photo_files import ASTRONAUT, CHELSEA, GROUP, PORTRAIT, ROCKET, rows_of
 from train.photos.captions import with_placeholder
+from train.photos.report import Reason
 from train.prepare import prepare
 
 
@@ -136,6 +139,31 @@ def test_the_face_of_a_cat_and_a_given_box_are_framed(tmp_path: Path) -> None:
     report = prepare(tmp_path, "cat", tmp_path.with_name("cats-ready"))
     assert [(photo.text, photo.method) for photo in report.used] == [("<cat>", "crop"), ("<cat>", "opencv")]
     assert "no file gone.png" in next(iter(report.left_out.values()))[0][1]
+
+
+def test_of_a_pet_without_a_cats_face_the_whole_picture_is_the_reference(tmp_path: Path) -> None:
+    """No package ships a dog; a rocket has as little of a cat's face."""
+    for name, text in ((CHELSEA, "my cat"), (ROCKET, "a brown dog on a meadow")):
+        shutil.copy(name, tmp_path / name.name)
+        (tmp_path / name.name).with_suffix(".txt").write_text(text)
+    out = tmp_path.with_name("pets-ready")
+    report = prepare(tmp_path, "pet", out)
+    assert [(photo.text, photo.method) for photo in report.used] == [("<pet>", "opencv"), ("<pet> on a meadow", "whole")]
+    assert "| the whole picture, nothing cut off | 1 |" in (out / "report.md").read_text()
+    assert np.array_equal(Image.open(out / report.used[1].reference), padded_square(Image.open(ROCKET).convert("RGB"), FRAME))
+
+
+def test_pictures_of_every_suffix_are_used_or_said(tmp_path: Path) -> None:
+    Image.open(ROCKET).save(tmp_path / "a.avif")
+    for name in ("b.heic", "c.HEIF"):
+        (tmp_path / name).write_bytes(bytes.fromhex("00000018") + b"ftypheic" + bytes(64))
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a rocket")
+    out = tmp_path.with_name("suffixes-ready")
+    report = prepare(tmp_path, "rocket", out)
+    assert [photo.file_name for photo in report.used] == ["images/a.jpg"]
+    assert [file for file, _ in report.left_out[Reason.UNREADABLE]] == ["b.heic", "c.HEIF"]
+    assert "What to do: save it again as PNG or JPEG." in (out / "report.md").read_text()
 
 
 def test_without_a_usable_picture_nothing_stays_behind(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
 from nested_attention.attention import fast, plain
@@ -287,6 +289,27 @@ def test_unknown_kind_and_bad_placeholder(pipe: NestedAttentionPipeline) -> None
         pipe.encode("person", photo(1), placeholder="ada")
     with pytest.raises(NestedAttentionError, match="at least one"):
         pipe.encode("person", [])
+
+
+def test_pictures_that_a_safety_checker_blanks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A real one, to which nothing but the second of two pictures is bad; and then everything is."""
+    pipe = tiny.pipeline("sd")
+    drawn = pipe("a cat", seed=3, num_images=2)
+    eyes, reader = tiny.vision(), CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=eyes.config.to_dict(), projection_dim=16)).eval()
+    checker.vision_model.load_state_dict(eyes.vision_model.state_dict())
+    checker.visual_projection.load_state_dict(eyes.visual_projection.state_dict())
+    seen = torch.nn.functional.normalize(eyes(**reader(drawn.images, return_tensors="pt")).image_embeds.detach())
+    checker.concept_embeds.data[:] = seen[1]
+    checker.concept_embeds_weights.data[:] = (1 + seen[0] @ seen[1]) / 2  # between the likeness of the second to itself, and to the first
+    checker.special_care_embeds_weights.data[:] = 2.0
+    pipe.stock.register_modules(safety_checker=checker, feature_extractor=reader)
+    found = pixels(pipe("a cat", seed=3, num_images=2))
+    assert np.array_equal(found[0], pixels(drawn)[0]) and found[1].max() == 0
+    assert capsys.readouterr().err.endswith("tiny: its safety checker blanked the pictures of seed 4; try others, or another prompt\n")
+    checker.concept_embeds_weights.data[:] = -2.0
+    with pytest.raises(NestedAttentionError, match="the safety checker of tiny blanked every picture; try another seed or prompt"):
+        pipe("a cat", seed=3, num_images=2)
 
 
 def test_a_placeholder_said_twice_means_the_subject_twice(pipe: NestedAttentionPipeline) -> None:

@@ -227,7 +227,8 @@ def test_faces_are_framed_as_the_card_shows_and_stages_add_up(run: Path, here) -
     assert push(here, run, "me/cat", "--dry-run") == ""
     text = (run / "push/README.md").read_text()
     for part in (
-        "from nested_attention.faces import frame\n", 'pipe.encode("cat", frame(Image.open("picture.png").convert("RGB"), "cat").image)',
+        "from nested_attention.faces import frame\nfrom nested_attention.images import read_image\n",
+        'pipe.encode("cat", frame(read_image("picture.png"), "cat").image)',
         "| steps | 1,400 (1,000 + 400) |", "| batch size | 64 and 48 |", "| hours | 2.75 |", "| last loss | 0.1 |", "Step 500:", "Step 1,400:",
     ):  # fmt: skip
         assert part in text

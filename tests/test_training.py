@@ -1,6 +1,7 @@
 """Training: what is frozen stays frozen, a run that was stopped goes on exactly, files come back as they were saved."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,51 +10,21 @@ import torch
 from torch.nn import functional as F
 from transformers import BitConfig, BitModel
 
-from nested_attention import NestedAttentionError, NestedAttentionPipeline, SubjectCache
+from nested_attention import NestedAttentionError, SubjectCache
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, AdapterConfig, list_adapters
-from nested_attention.bases import BASES
-from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig, feature_dim, image_features
+from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_features
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
-from tests.room import no_file_beyond
+from tests.story_run import LOOP, task
 from train.base import Routing, TextToImage, alignment_loss, routing_loss
+from train.export import main as export
+from train.judge import Judge, load_judge, save_judge
 from train.keys import KeysLesson, KeysTask, tile_shares
-from train.loop import LoopConfig, Share, check, fit, iterate
+from train.loop import fit
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
-from train.personalizer import Personalizer, StorybookTask
 from train.reader import MARGIN, TILE, ReaderLesson, ReaderTask, tiles
-from train.state import Checkpoint, load_weights
 from train.whitening import WhitenedAdamW, whitening
-
-LOOP = LoopConfig(steps=4, batch_size=2, warmup=1, mixed_precision="no", workers=0, log_every=1, save_minutes=0.0, grid_every=1000)
-
-
-class Stopped(Exception):
-    pass
-
-
-class SmallTask(StorybookTask):
-    """Adapter training on tiny Storybook components; draws no grids and can be made to stop."""
-
-    stop_after = 10**9
-
-    def loss(self, model, batch):
-        if self.stop_after == 0:
-            raise Stopped
-        self.stop_after -= 1
-        return super().loss(model, batch)
-
-    def grid(self) -> None:
-        pass
-
-
-def task() -> SmallTask:
-    pipe = NestedAttentionPipeline(BASES["storybook"], tiny.storybook(), {}, {})
-    torch.manual_seed(3)
-    sizes = QFormerConfig(num_tokens=4, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=tiny.WIDTH)
-    config = AdapterConfig("cat", "cat", "storybook", "vision", qformer=sizes, image=ImageConfig(128))
-    return SmallTask(Personalizer(pipe.stock, Adapter(config, pipe.stock.unet), tiny.vision(128)), pipe, Diffusion())
 
 
 def test_only_the_adapter_learns(tmp_path: Path) -> None:
@@ -65,108 +36,6 @@ def test_only_the_adapter_learns(tmp_path: Path) -> None:
     assert {name.split(".")[1] for name in changed} == {"qformer", "layers"}
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-
-
-def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
-    whole = fit(task(), LOOP, tmp_path / "whole", {})
-    interrupted = task()
-    interrupted.stop_after = 2
-    with pytest.raises(Stopped):
-        fit(interrupted, LOOP, tmp_path / "parts", {})
-    resumed = fit(task(), LOOP, tmp_path / "parts", {})
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def test_the_first_line_after_a_resume_is_a_mean_of_the_steps_behind_it(tmp_path: Path) -> None:
-    fit(task(), LOOP, tmp_path / "each", {})
-    interrupted = task()
-    interrupted.stop_after = 3
-    with pytest.raises(Stopped):
-        fit(interrupted, replace(LOOP, log_every=4), tmp_path / "parts", {})
-    fit(task(), replace(LOOP, log_every=4), tmp_path / "parts", {})
-    assert [(line["step"], line["loss"]) for line in log(tmp_path / "parts")] == [(4, log(tmp_path / "each")[3]["loss"])]
-
-
-@pytest.mark.parametrize("file", ["progress.json", "average.safetensors", "optimizer.safetensors"])
-def test_damaged_checkpoints_are_named(tmp_path: Path, file: str) -> None:
-    checkpoint = Checkpoint(tmp_path / "state")
-    assert checkpoint.load() is None
-    checkpoint.save({part: {"weight": torch.zeros(8)} for part in ("model", "average", "optimizer")}, {"step": 3})
-    path = tmp_path / "state" / file
-    path.write_bytes(path.read_bytes()[:9])
-    for _ in ("cut off", "gone"):
-        with pytest.raises(NestedAttentionError, match=f"state/{file} is missing or damaged .*; put back a copy, or remove the folder"):
-            checkpoint.load()
-        path.unlink(missing_ok=True)
-
-
-def test_a_checkpoint_of_another_model_is_refused() -> None:
-    for saved in ({}, {"weight": torch.zeros(3)}):
-        with pytest.raises(NestedAttentionError, match=r"that of another model: weight is not in it, or of another size.*--out"):
-            load_weights({"weight": torch.zeros(2)}, saved)
-
-
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
-    made = task()
-    made.model.adapter.qformer.latents.data.fill_(torch.nan)
-    with pytest.raises(NestedAttentionError, match=r"the loss is nan at step 1; lower lr .*the same command, it goes on"):
-        fit(made, LOOP, tmp_path, {})
-    assert not (tmp_path / "state").exists()
-
-
-@pytest.mark.parametrize("file", ["config.json", "log.jsonl", "grids/000004.png"])
-def test_what_a_run_cannot_write_is_named(tmp_path: Path, file: str) -> None:
-    """A file stands where a folder has to be, or a folder where the log has to be."""
-    run = tmp_path / "run"
-    if file == "log.jsonl":
-        (run / file).mkdir(parents=True)
-    else:
-        (run / file).parent.parent.mkdir(exist_ok=True)
-        (run / file).parent.touch()
-    made = task()
-    made.grid = lambda: tiny.photo(0)  # type: ignore[method-assign, assignment, return-value]
-    with pytest.raises(NestedAttentionError, match=f"{run / file} cannot be written .*make room on the disk"):
-        fit(made, LOOP, run, {})
-
-
-def test_a_full_disk_leaves_no_half_line_in_the_log(tmp_path: Path) -> None:
-    fit(task(), replace(LOOP, steps=1), tmp_path, {})
-    log = tmp_path / "log.jsonl"
-    log.write_text(before := 20 * log.read_text())
-    with no_file_beyond(len(before) + 20), pytest.raises(NestedAttentionError, match=r"log\.jsonl cannot be written .*make room"):
-        fit(task(), replace(LOOP, save_minutes=60.0), tmp_path, {})
-    assert log.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"batch_size": 3, "accumulation": 2}, "a batch of 3 cannot be divided into 2 equal parts"),
-        ({"mixed_precision": "fp16"}, "mixed_precision 'fp16' needs gradients that are scaled.*; use 'bf16' or 'no'"),
-    ],
-)
-def test_settings_that_cannot_be_are_said(tmp_path: Path, changes: dict, words: str) -> None:
-    with pytest.raises(NestedAttentionError, match=words):
-        fit(task(), replace(LOOP, **changes), tmp_path, {})
-
-
-def test_a_model_that_is_divided_is_not_for_muon() -> None:
-    with pytest.raises(NestedAttentionError, match="Muon needs whole matrices"):
-        check(replace(LOOP, muon_lr=1e-3), processes=2, sharded=True)
-
-
-def test_a_run_behind_another_sees_what_comes_next() -> None:
-    first = list(task().batches(LOOP, Share()))
-    second = replace(LOOP, behind=LOOP.steps)
-    assert list(task().batches(second, Share(step=second.behind))) == [[8, 9], [10, 11], [12, 13], [14, 15]]
-    assert first == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert len(next(iter(iterate(task(), second, Share(step=7))))["level"]) == 2
 
 
 def test_an_adapter_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -342,3 +211,27 @@ def test_whitened_adamw_is_adamw_behind_white_inputs() -> None:
             (predict(inputs) - inputs[:, :3]).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(w, u @ white, atol=1e-5, rtol=1e-4)
+
+
+def test_only_storybooks_adapters_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny.adapter(tiny.stock("sd").unet, "cat")
+    for run, base in (("adapter-cat", "storybook"), ("adapter-person", "sdxl")):
+        made.config = replace(made.config, base=base)
+        made.save(tmp_path / "runs" / run / "adapter")
+    config = "train/configs/storybook.toml"
+    monkeypatch.setattr(sys, "argv", ["train.export", "--config", config, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    export()
+    assert [path.name for path in (tmp_path / "out/adapters").iterdir()] == ["cat"]
+    assert "runs/adapter-person/adapter is left out, since its base is sdxl; `python -m train.push" in capsys.readouterr().out
+
+
+def test_a_damaged_judge_is_named(tmp_path: Path) -> None:
+    made = Judge((8, 16), 4)
+    save_judge(made, tmp_path / "judge")
+    again = load_judge(tmp_path / "judge")
+    assert all(torch.equal(value, made.state_dict()[name].half()) for name, value in again.half().state_dict().items())
+    config = tmp_path / "judge/config.json"
+    for damage in (lambda: config.write_text('{"widths": [8'), lambda: config.write_text("{}"), config.unlink):
+        damage()
+        with pytest.raises(NestedAttentionError, match=r"judge/config\.json is missing or damaged .*; put back a whole copy"):
+            load_judge(tmp_path / "judge")

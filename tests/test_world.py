@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from tests import tiny
 from train.objective import Diffusion
-from train.storybook.__main__ import sheet
+from train.storybook.__main__ import sheet, speed
 from train.storybook.captions import caption
 from train.storybook.dataset import Pictures, token_mask
 from train.storybook.kinds import KINDS
@@ -141,11 +141,17 @@ def test_a_contact_sheet_shows_pictures_masks_and_references() -> None:
     assert np.array_equal(np.asarray(page)[:CANVAS, :CANVAS], render(sample_picture("train", 0)).image)
 
 
+def test_the_world_is_drawn_fast_enough_to_train_on_the_fly() -> None:
+    assert speed("train") >= 60  # pictures a second and core
+
+
 def test_the_noun_is_found_among_the_tokens() -> None:
     text = "a drawing of a man and a cat"
     ids, mask = token_mask(text, ((13, 18), (23, 28)), tiny.tokenizer())
     words = tiny.tokenizer().convert_ids_to_tokens(ids.tolist())
     assert [words[k] for k in mask.nonzero()[:, 1]] == ["man</w>", "cat</w>"]
+    _, cut_off = token_mask("red " * 60 + text, ((240 + 13, 240 + 18), (0, 3)), tiny.tokenizer())
+    assert cut_off.sum(1).tolist() == [0, 1] and cut_off[1, 1]
 
 
 def test_items_are_reproducible_and_weighted() -> None:

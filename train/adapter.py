@@ -6,7 +6,7 @@
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
 of the config, which is `train/configs/BASE.toml` if not given; its stages follow each other, each a run of its own below the
 last. `--init` starts from another adapter than the config's `start`, which has had its first lessons (`train.reader`,
-`train.keys`).
+`train.keys`), and keeps its lambda and its licence.
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
-from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_weights, save_adapter
+from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_config, read_weights, save_adapter
 from nested_attention.bases import BASES, find_base
 from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
 from nested_attention.encoding import ImageEncoders, on_hub
@@ -29,16 +29,16 @@ from nested_attention.hub import commit_of
 from nested_attention.loading import load_base
 from train.loop import LoopConfig, Share, fit, last_logged
 from train.objective import Diffusion
-from train.personalizer import AdapterTask, Personalizer, StorybookTask
+from train.personalizer import AdapterTask, Personalizer
 from train.photos.cache import FeatureCache
 from train.photos.sample import Source
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
 from train.processes import this_process
-from train.storybook.kinds import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
 METRICS = {"loss": "last loss", "held_out": "held-out loss"}  # in the log -> in the adapter's config
+OFTEN = 2000  # a run that shows every photo more often is far too long for them
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,19 @@ class Job:
             stock.unet.enable_gradient_checkpointing()
         comes_along, source = (preset.adapters or Path()) / self.kind, config["image_encoder"]
         revision = commit_of(source) if on_hub(comes_along, source) else None
+        start = self.start()
         described = AdapterConfig(
             self.kind, self.word, preset.name, source, config.get("image_subfolder", ""), revision,
             value_norm=config["value_norm"], lam=config["lam"], licence=config["licence"], image=ImageConfig.from_dict(config["image"]),
             framing=config.get("framing", "whole") if self.kind in SEARCHES else "whole",  # as `train.prepare` makes references
         )  # fmt: skip
+        if start is not None:
+            described = going_on(described, start)
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
         width = stock.unet.config.cross_attention_dim
         sizes = QFormerConfig(**config["qformer"], feature_dim=feature_dim(encoder), output_dim=width)
         adapter = Adapter(replace(described, qformer=sizes), stock.unet)
-        start = self.init or (Path(config["start"].format(kind=self.kind)) if "start" in config else None)
         if start is not None:
-            if not (start / WEIGHTS).is_file():
-                raise NestedAttentionError(
-                    f"{start / WEIGHTS} is not there, and this run starts from it; make it first (Storybook's: python -m train.keys "
-                    f"--kind {self.kind}), or go on from another with --init, such as assets/storybook/adapters/{self.kind}."
-                )
             try:
                 adapter.load_state_dict(read_weights(start / WEIGHTS))
             except RuntimeError as error:
@@ -94,27 +91,50 @@ class Job:
             preset, stock, {}, {}, device
         )
 
+    def start(self) -> Path | None:
+        """The folder of the adapter to start from; None for a fresh one.
+
+        Raises:
+            NestedAttentionError: it is not there.
+        """
+        start = self.init or (Path(self.config["start"].format(kind=self.kind)) if "start" in self.config else None)
+        if start is not None and not (start / WEIGHTS).is_file():
+            raise NestedAttentionError(
+                f"{start / WEIGHTS} is not there, and this run starts from it; make it first (Storybook's: python -m train.keys "
+                f"--kind {self.kind}), or go on from another with --init, such as assets/storybook/adapters/{self.kind}."
+            )
+        return start
+
     def photos(self) -> Source | None:
         """The photos to train on; None to train on Storybook's pictures.
 
         Raises:
-            NestedAttentionError: they cannot be used, or the config is made for the other one of both.
+            NestedAttentionError: they cannot be used, or the config is made for the other one of both; Storybook's packages
+                are missing.
         """
         if self.data is None:
             if "diffusion" not in self.config:
                 raise NestedAttentionError("this config is for photos, it has no [adapter.diffusion]; name them with --data.")
-            if self.kind not in KINDS:
-                raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(KINDS)}; name photos with --data.")
+            if self.kind not in (kinds := storybook_kinds()):
+                raise NestedAttentionError(f"Storybook has no {self.kind!r}, only {', '.join(kinds)}; name photos with --data.")
             return None
         if any("resolution" not in stage for stage in self.config["stages"]):
             raise NestedAttentionError(
                 "this config is for Storybook's own pictures, its stages have no resolution; name a base for photos, such as --base sdxl, "
                 "or leave out --data."
             )
-        return open_source(self.data, self.kind)
+        source, loops = open_source(self.data, self.kind), [stage["loop"] for stage in self.config["stages"]]
+        if (often := sum(loop["steps"] * loop["batch_size"] for loop in loops) // len(source)) > OFTEN:
+            this_process().print(
+                f"this config would show each of the {len(source)} photos {often} times; for few photos and one GPU there is "
+                "--config train/configs/sdxl-few.toml."
+            )
+        return source
 
     def task(self, model: Personalizer, pipe: NestedAttentionPipeline, photos: Source | None, stage: dict[str, Any]) -> AdapterTask:
         if photos is None:
+            from train.storybook.task import StorybookTask  # here, see `storybook_kinds`
+
             return StorybookTask(model, pipe, Diffusion(**self.config["diffusion"]))
         return PhotoTask(model, pipe, photos, stage["resolution"], None if self.cache is None else FeatureCache(self.cache))
 
@@ -146,6 +166,45 @@ class Job:
             save_adapter(self.out / "adapter", replace(model.adapter.config, metrics=metrics), weights)
         state.destroy_process_group()
         return self.out / "adapter"
+
+
+def storybook_kinds() -> tuple[str, ...]:
+    """The kinds of subject that Storybook can draw.
+
+    Raises:
+        NestedAttentionError: a package that it draws with is missing.
+    """
+    try:
+        from train.storybook.kinds import KINDS  # here, because whoever trains on photos need not have what Storybook draws with
+    except ModuleNotFoundError as error:
+        raise NestedAttentionError(
+            f"Storybook is drawn with packages of which {error.name} is missing; `pip install -r requirements-dev.txt`, or name photos "
+            "with --data."
+        ) from error
+    return tuple(KINDS)
+
+
+def going_on(described: AdapterConfig, start: Path) -> AdapterConfig:
+    """`described`, where it goes on from the adapter in the folder `start`: with its lambda, and under its licence.
+
+    MIT leaves the licence to the config; any other one binds what is made of the adapter.
+
+    Raises:
+        NestedAttentionError: the adapter in `start` has learned with other settings, or its config is missing or damaged.
+    """
+    known = read_config(start)
+    before, now = (
+        {"value_norm": config.value_norm, "framing": config.framing}
+        | {f"image.{key}": value for key, value in asdict(config.image).items()}
+        for config in (known, described)
+    )
+    if differing := [name for name in now if before[name] != now[name]]:
+        name = differing[0]
+        raise NestedAttentionError(
+            f"the adapter in {start} has learned with {name} {before[name]!r}, and this run would go on with {now[name]!r}; write the former "
+            "into the section [adapter] of the config, or start from another adapter."
+        )
+    return replace(described, lam=known.lam, licence=described.licence if known.licence == "MIT" else known.licence)
 
 
 def default_config(base: str) -> Path:

@@ -5,6 +5,7 @@ every number stands what the judge says of real renders of the same scenes ("ren
 """
 
 import argparse
+import hashlib
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS
 from nested_attention.bench.visitor import REPEATS, visitor_table
 from nested_attention.errors import quiet_libraries, spoken_at_exit
+from nested_attention.files import replaced
+from nested_attention.prompts import slot_names
 from train.judge import Judge, load_judge
 from train.scores import Score, ScoreFile, Scores, fingerprint
 from train.storybook.captions import Caption, caption
@@ -57,10 +60,9 @@ class Case:
     personalized: bool
 
 
-def placeholders(picture: Picture) -> tuple[str, ...]:
-    """`<person>`, `<cat>`; a second subject of the same kind is `<person2>`."""
-    kinds = [placed.character.kind for placed in picture.subjects]
-    return tuple(f"<{kind}{'2' if kind in kinds[:k] else ''}>" for k, kind in enumerate(kinds))
+def picture_kinds(picture: Picture) -> list[str]:
+    """The kind of every subject, in order."""
+    return [placed.character.kind for placed in picture.subjects]
 
 
 @cache
@@ -92,7 +94,7 @@ def make_case(suite: str, index: int, personalized: bool, split: str = "test") -
         ]
         subjects = tuple(Placed(c, p.x, p.size) for c, p in zip(characters, picture.subjects, strict=True))
         picture = Picture(picture.scene, picture.variant, picture.style, subjects)
-    names = placeholders(picture) if personalized else ()
+    names = tuple(slot_names(picture_kinds(picture))) if personalized else ()
     return Case(split, index, picture, caption(picture, random.Random(f"evaluate/{suite}/{index}"), names), personalized)
 
 
@@ -108,9 +110,10 @@ def draw_case(case: Case, lam: float | None) -> np.ndarray:
     pipe = worker_pipeline()
     subjects = []
     if case.personalized:
-        for which, name in enumerate(placeholders(case.picture)):
+        kinds = picture_kinds(case.picture)
+        for which, (kind, name) in enumerate(zip(kinds, slot_names(kinds), strict=True)):
             reference = render(sample_reference(case.picture, which, case.split, case.index)).image
-            subjects.append(pipe.encode(case.picture.subjects[which].character.kind, Image.fromarray(reference), name, lam=lam))
+            subjects.append(pipe.encode(kind, Image.fromarray(reference), name, lam=lam))
     return np.asarray(pipe(case.said.text, subjects, seed=case.index).images[0])
 
 
@@ -196,23 +199,25 @@ def asked(case: Case, which: int) -> list[str]:
 
 
 def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
-    """The first pictures of a suite, unsorted, six in a row."""
+    """The first pictures of a suite, unsorted, six in a row, at most six rows."""
+    columns = min(columns, len(images))
     shown = images[: min(len(images) // columns, columns) * columns]
     rows = [np.concatenate(shown[start : start + columns], 1) for start in range(0, len(shown), columns)]
     return Image.fromarray(np.concatenate(rows))
 
 
-def made_of(suite: str, mode: str, count: int, split: str, lam: float | None) -> dict[str, Any]:
-    """All that the scores of a part depend on, but for the code."""
-    folder = ASSETS / "storybook"
-    kinds = sorted({kind for kinds in KINDS_OF_SUITE[suite] for kind in kinds or ()}) if mode == "personalized" else []
+def made_of(suite: str, cases: list[Case], lam: float | None) -> dict[str, Any]:
+    """What the scores of these cases depend on, but for the code that draws, judges and counts."""
+    personalized, folder = cases[0].personalized, ASSETS / "storybook"
+    kinds = sorted({kind for kinds in KINDS_OF_SUITE[suite] for kind in kinds or ()}) if personalized else []
     used = [
         folder / "base",
         folder / "judge",
         *([folder / "image_encoder"] if kinds else []),
         *(folder / "adapters" / kind for kind in kinds),
     ]
-    return {"weights": fingerprint(used), "prompts": count, "split": split, "lam": lam if kinds else None}
+    asked = hashlib.sha256(repr([(case.index, case.picture, case.said.text) for case in cases]).encode()).hexdigest()[:16]
+    return {"weights": fingerprint(used), "prompts": len(cases), "asked": asked, "split": cases[0].split, "lam": lam if kinds else None}
 
 
 def run(
@@ -230,16 +235,17 @@ def run(
         for suite, count in suites.items():
             base: Scores = {}
             for mode in ("base",) if suite == "base" else ("base", "personalized"):
-                part, source = f"{suite}, {mode}", made_of(suite, mode, count, split, lam)
+                cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
+                part, source = f"{suite}, {mode}", made_of(suite, cases, lam)
                 picture = None if sheets is None else sheets / f"{suite.replace(' ', '')}-{mode}.jpg"
                 scores = file.find(part, source) if picture is None or picture.exists() else None
                 if scores is None:
-                    cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
                     images = list(pool.map(partial(draw_case, lam=lam), cases, chunksize=4))
-                    if picture is not None:
-                        sheet(images).save(picture, quality=90)
                     scores = measure(judge, suite, cases, images)
                     file.keep(part, source, scores)
+                    if picture is not None:
+                        with replaced(picture) as fresh:
+                            sheet(images).save(fresh, format="JPEG", quality=90)
                 report(part, count, scores, base)
                 base = scores
 
@@ -253,6 +259,17 @@ def report(part: str, count: int, scores: Scores, base: Scores) -> None:
         print(f"  {field:40s} {score}{change}", flush=True)
 
 
+def positive(text: str) -> int:
+    """A number of things on the command line.
+
+    Raises:
+        ValueError: it is none, or below 1; argparse says so.
+    """
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument("--suite", choices=("storybook",), default="storybook")
@@ -261,19 +278,16 @@ def main() -> None:
     )
     parser.add_argument("--sheets", type=Path, help="also save the first pictures of every part to this folder, to look at")
     parser.add_argument("--quick", action="store_true", help="few prompts: five minutes on two cores, wide intervals")
-    parser.add_argument("--prompts", type=int, default=512, help="how many of each part")
+    parser.add_argument("--prompts", type=positive, default=512, help="how many of each part")
     parser.add_argument("--only", choices=KINDS_OF_SUITE, nargs="+", help="only these parts, and no waits")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="whose identities; choose settings by validation")
     parser.add_argument("--lam", type=float, help="length of the subjects' values, if not the adapters' own")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=positive, default=2)
     options = parser.parse_args()
     count, repeats = (10, 1) if options.quick else (options.prompts, REPEATS)
-    if options.sheets:
-        options.sheets.mkdir(parents=True, exist_ok=True)
     file = ScoreFile(options.json)
     if not options.only:
-        file.seconds = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"), repeats)
-        file.write()
+        file.keep_seconds(visitor_table(NestedAttentionPipeline.from_pretrained("storybook"), repeats))
         for name, value in file.seconds.items():
             print(f"  {name:40s} {value:6.2f} s", flush=True)
     run(dict.fromkeys(options.only or KINDS_OF_SUITE, count), options.processes, file, options.sheets, options.split, options.lam)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nested_attention import NestedAttentionPipeline
+from nested_attention.prompts import slot_names
 from nested_attention.ui.examples import FOLDER
-from nested_attention.ui.studio import provenances, slot_names
+from nested_attention.ui.studio import provenances
 from train.storybook.picture import render
 from train.storybook.sampling import Character, Picture, Placed, sample_attributes, sample_identity
 

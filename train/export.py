@@ -1,7 +1,8 @@
 """From runs to the shipped folders: `python -m train.export --config train/configs/storybook.toml`.
 
 Takes the moving averages of the last checkpoints in `runs/` and writes them as fp16 safetensors in diffusers layout:
-`assets/storybook/{base,image_encoder,judge,adapters/KIND}`. Runs that are not there are left as they are shipped.
+`assets/storybook/{base,image_encoder,judge,adapters/KIND}`. What has no run stays as it is shipped; adapters of
+other bases are left out.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from nested_attention import patches
+from nested_attention.adapters import read_config
 from nested_attention.bases import ASSETS
 from nested_attention.encoder import feature_dim
 from nested_attention.encoding import load_image_encoder
@@ -67,6 +69,9 @@ def main() -> None:
         load_average(judge, runs / "judge")
         save_judge(judge, out / "judge")
     for adapter in sorted(runs.glob("adapter-*/adapter")):
+        if (base := read_config(adapter).base) != "storybook":
+            print(f"{adapter} is left out, since its base is {base}; `python -m train.push {adapter.parent} user/name` publishes it.")
+            continue
         with replaced(out / "adapters" / adapter.parent.name.removeprefix("adapter-")) as fresh:
             shutil.copytree(adapter, fresh)
 

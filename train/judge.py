@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nested_attention.adapters import read_weights
+from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import replaced
 from train.encoder import answer_loss, find_each_other
 from train.loop import Batch, LoopConfig, Task, fit
@@ -70,9 +71,17 @@ def save_judge(judge: Judge, folder: Path) -> None:
 
 
 def load_judge(folder: Path) -> Judge:
-    tensors = read_weights(folder / "judge.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    judge = Judge(tuple(config["widths"]), config["embedding"])
+    """The judge that `save_judge` has written, only to be asked.
+
+    Raises:
+        NestedAttentionError: a file is missing or damaged.
+    """
+    tensors, path = read_weights(folder / "judge.safetensors"), folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        judge = Judge(tuple(config["widths"]), config["embedding"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NestedAttentionError(f"{path} is missing or damaged ({error}); {get_back(path)}.") from error
     judge.load_state_dict(tensors)
     return judge.eval().requires_grad_(False)
 

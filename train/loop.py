@@ -17,59 +17,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_tensorboard_available
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
 from nested_attention.loading import computes_bfloat16
+from train.feed import feed
 from train.optim import build_optimizers
 from train.processes import asked_to_shard, shard, synchronize, this_process
+from train.settings import LoopConfig, check, spoken_memory
 from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
 
 Batch = dict[str, Tensor]
 LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Settings of a run.
-
-    `batch_size` is what one update sees, over all processes and over `accumulation` passes, both of which divide it.
-    Rates rise linearly over `warmup` steps, stay, and fall linearly to zero over the last `cooldown` of all steps.
-    `muon_lr` 0 leaves everything to AdamW; `white_lr` is AdamW's rate where a task gives white coordinates. `behind`: steps
-    of earlier runs that this one goes on from with `--init`; its samples begin behind theirs. `mixed_precision`
-    is "bf16" or "no"; without it bfloat16 is used where the device computes in it.
-    """
-
-    steps: int
-    batch_size: int
-    behind: int = 0
-    lr: float = 6e-4
-    muon_lr: float = 2e-3
-    white_lr: float = 2e-3
-    warmup: int = 50
-    cooldown: float = 0.2
-    ema: float = 0.998
-    clip: float = 1.0
-    accumulation: int = 1
-    mixed_precision: str | None = None
-    compile: bool = False
-    workers: int = 1
-    log_every: int = 10
-    save_minutes: float = 6.0
-    grid_every: int = 200
-    held_out_every: int = 0
-    tensorboard: bool = False
-    not_muon: tuple[str, ...] = ()
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rates at `step`."""
-        rest = (self.steps - step) / max(1, round(self.steps * self.cooldown))
-        return min(1.0, (step + 1) / max(1, self.warmup), rest)
 
 
 @dataclass(frozen=True)
@@ -125,6 +89,8 @@ class Trainer:
         precision = config.mixed_precision or ("bf16" if computes_bfloat16(this_process().device) else "no")
         board = "tensorboard" if config.tensorboard else None
         self.accelerator = Accelerator(mixed_precision=precision, log_with=board, project_dir=folder)
+        if config.tensorboard and not is_tensorboard_available():
+            self.accelerator.print(f"TensorBoard is not installed, so that this run has only {LOG}; `pip install tensorboard` for curves.")
         self.processes, self.device = self.accelerator.num_processes, self.accelerator.device
         self.task, self.config, self.folder, self.sharded = task, config, folder, sharded
         self.model = task.model.to(self.device)
@@ -168,7 +134,11 @@ class Trainer:
             self.checkpoint.save(gathered, {"step": self.step, "seconds": round(self.seconds)})
 
     def learn(self, batches: Iterator[Batch]) -> None:
-        """One step: the gradients of one batch, in `accumulation` parts, and what the optimizers make of them."""
+        """One step: the gradients of one batch, in `accumulation` parts, and what the optimizers make of them.
+
+        Raises:
+            NestedAttentionError: loss or gradient is not finite. Nothing has learned from it yet; see also `feed`.
+        """
         accelerator, parts = self.accelerator, self.config.accumulation
         for part in range(parts):
             batch = {key: value.to(self.device) for key, value in next(batches).items()}
@@ -180,8 +150,13 @@ class Trainer:
                 accelerator.backward(loss / parts)
             for key, value in {"loss": float(loss.detach()), **logs}.items():
                 self.sums[key] = self.sums.get(key, 0.0) + value / parts
-        norm = torch.nn.utils.clip_grad_norm_(learning(self.model).values(), self.config.clip)
-        self.sums["norm"] = self.sums.get("norm", 0.0) + float(whole(norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(learning(self.model).values(), self.config.clip)))
+        if not math.isfinite(norm):  # that of all processes together, as it is whenever a loss is not finite
+            raise NestedAttentionError(
+                f"the loss {loss.item()} or its gradient {norm} is not finite at step {self.step + 1}; lower lr or muon_lr and give the same "
+                "command, it goes on from the last checkpoint."
+            )
+        self.sums["norm"] = self.sums.get("norm", 0.0) + norm
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.config.rate(self.step)
@@ -198,7 +173,7 @@ class Trainer:
     def measured(self) -> dict[str, float]:
         """The line for the log, where one is due: means over the steps since the last one, and the held-out loss."""
         config, line = self.config, {}
-        if self.due(config.log_every):
+        if self.due(config.log_every) or self.step == config.steps:
             means = self.accelerator.reduce(torch.tensor(list(self.sums.values()), device=self.device) / self.summed, "mean")
             now = time.monotonic()
             passed = now - self.tick
@@ -244,8 +219,8 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     `description` is written next to the run, so that anyone can see how it was made.
 
     Raises:
-        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot; the disk is full; the loss
-            is no longer finite.
+        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot, or a sample; the disk is
+            full, or the memory; the loss is no longer finite.
     """
     sharded = asked_to_shard()
     check(config, this_process().num_processes, sharded)
@@ -258,21 +233,16 @@ def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any
     accelerator.init_trackers("")
     batches = iterate(task, config, Share(config.behind + run.step, accelerator.process_index, run.processes))
     saved = run.tick = time.monotonic()
-    while run.step < config.steps:
-        run.learn(batches)
-        last = run.step == config.steps
-        line = run.measured()
-        run.write(line)
-        if not math.isfinite(line.get("loss", 0.0)):
-            raise NestedAttentionError(
-                f"the loss is {line['loss']} at step {run.step}; lower lr or muon_lr and give the same command, it goes on from the last "
-                "checkpoint."
-            )
-        if run.due(config.grid_every) or last:
-            run.draw()
-        if agreed(accelerator, time.monotonic() - saved > 60 * config.save_minutes) or last:
-            run.save()
-            saved = time.monotonic()
+    with spoken_memory(config, run.processes):
+        while run.step < config.steps:
+            run.learn(batches)
+            last = run.step == config.steps
+            run.write(run.measured())
+            if run.due(config.grid_every) or last:
+                run.draw()
+            if agreed(accelerator, time.monotonic() - saved > 60 * config.save_minutes) or last:
+                run.save()
+                saved = time.monotonic()
     for tracker in accelerator.trackers:
         tracker.finish()
     return {name: whole(value) for name, value in run.average.tensors.items()}
@@ -284,25 +254,6 @@ def last_logged(folder: Path) -> dict[str, float]:
     for line in (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else ():
         logged |= json.loads(line)
     return logged
-
-
-def check(config: LoopConfig, processes: int, sharded: bool) -> None:
-    """Whether a run with these settings can be.
-
-    Raises:
-        NestedAttentionError: it cannot.
-    """
-    parts = processes * config.accumulation
-    if config.batch_size % parts:
-        raise NestedAttentionError(
-            f"a batch of {config.batch_size} cannot be divided into {parts} equal parts; change batch_size or accumulation."
-        )
-    if sharded and config.muon_lr:
-        raise NestedAttentionError("Muon needs whole matrices, which no process has in a sharded run; set muon_lr to 0.")
-    if config.mixed_precision not in (None, "no", "bf16"):
-        raise NestedAttentionError(
-            f"mixed_precision {config.mixed_precision!r} needs gradients that are scaled, which this loop does not do; use 'bf16' or 'no'."
-        )
 
 
 def agreed(accelerator: Accelerator, wish: bool) -> bool:
@@ -319,23 +270,8 @@ def training_attention(device: torch.device) -> AbstractContextManager:
 
 def iterate(task: Task, config: LoopConfig, share: Share) -> Iterator[Batch]:
     """The batches of a process: sample `n` of the run is item `n` of the dataset, counted from its first."""
-    loader: DataLoader = DataLoader(
-        task.dataset((config.behind + config.steps) * config.batch_size), batch_sampler=Order(task, config, share),
-        num_workers=config.workers, persistent_workers=config.workers > 0, prefetch_factor=4 if config.workers else None,
-    )  # fmt: skip
-    return iter(loader)
-
-
-@dataclass(frozen=True)
-class Order:
-    """`Task.batches` as a `DataLoader` wants it."""
-
-    task: Task
-    config: LoopConfig
-    share: Share
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.task.batches(self.config, self.share)
+    samples = task.dataset((config.behind + config.steps) * config.batch_size)
+    return feed(samples, task.batches(config, share), config.workers)
 
 
 @torch.no_grad()

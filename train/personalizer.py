@@ -5,7 +5,7 @@ adapter knows nothing of the others.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from nested_attention import NestedAttentionPipeline, SubjectCache
@@ -28,13 +27,7 @@ from nested_attention.encoding import encode_subject
 from nested_attention.images import padded_square
 from train.evening import evened
 from train.loop import Batch, Task
-from train.objective import Diffusion, objective_of, weighted_mean
-from train.storybook.personal import PersonalPictures
-from train.storybook.picture import render
-from train.storybook.sampling import sample_picture
-from train.whitening import whitening
-
-HELD_OUT = 192  # samples
+from train.objective import objective_of, weighted_mean
 
 
 def text_states(stock: DiffusionPipeline, input_ids: Tensor) -> dict[str, Tensor]:
@@ -149,34 +142,3 @@ class AdapterTask(Task):
                 made = [self.pipe(prompt.format(subject.placeholder), [subject], seed=seed).images[0] for prompt in self.prompts]
             rows.append(np.concatenate([np.asarray(image) for image in (padded_square(reference, side), *made)], 1))
         return Image.fromarray(np.concatenate(rows))
-
-
-@dataclass
-class StorybookTask(AdapterTask):
-    """Samples from the Storybook world."""
-
-    diffusion: Diffusion
-    prompts = ("a drawing of {} in the snow", "{} on the beach", "a drawing of {} smiling on a blue background")
-
-    def pictures(self, split: str, length: int) -> Dataset:
-        stock = self.pipe.stock
-        return PersonalPictures(self.model.adapter.config.kind, split, stock.tokenizer, length, self.diffusion, stock.vae.config.patch)
-
-    def dataset(self, length: int) -> Dataset:
-        return self.pictures("train", length)
-
-    def held_out(self) -> Iterable[Batch]:
-        return DataLoader(self.pictures("validation", HELD_OUT), 32)
-
-    @torch.no_grad()
-    def white(self) -> dict[str, Tensor]:
-        """For the nested projections: they read tokens, here those of the first samples."""
-        adapter = self.model.adapter
-        batches = DataLoader(self.dataset(HELD_OUT), 32)
-        tokens = torch.cat([adapter.qformer(self.model.conditions(batch)["features"].float()) for batch in batches])
-        white = whitening(tokens.flatten(0, 1))
-        return {name: white for name, _ in self.model.named_parameters() if name.startswith("adapter.layers.")}
-
-    def references(self) -> list[Image.Image]:
-        kind = self.model.adapter.config.kind
-        return [Image.fromarray(render(sample_picture("validation", row, (kind,))).image) for row in range(4)]

@@ -1,9 +1,9 @@
 """A folder of photos with captions, made ready for adapter training: `python -m train.prepare FOLDER`.
 
 A caption is `NAME.txt` beside the picture, or "text" in a line of `metadata.jsonl` with "file_name". Of people and cats
-the largest face becomes the reference, of other kinds the whole picture; "box" in that line, `[left, top, right, bottom]`
-in fractions, names the subject instead. Written are `images/`, `references/`, `metadata.jsonl` and a report; with
-`--shards N` also `shards/`, tar files of N photos each, to be put on a web server.
+the largest face becomes the reference, of other kinds, and of a pet without a cat's face, the whole picture; "box" in
+that line, `[left, top, right, bottom]` in fractions, names the subject instead. Written are `images/`, `references/`,
+`metadata.jsonl` and a report; with `--shards N` also `shards/`, tar files of N photos each, to be put on a web server.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from train.photos.report import LeftOutError, Reason, Report
 from train.photos.shards import write_shards
 
 SHARDS = "shards"
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+PET = "pet"  # may be a dog, whose face nothing here finds
 SMALLEST = 48  # side of a face in pixels that shows who it is
 SIMILAR = 0.5  # a second face with this share of the first one's area might be meant as well
 
@@ -96,9 +97,9 @@ def reference(image: Image.Image, raw: RawPhoto, kind: str) -> tuple[Image.Image
             return padded_square(cropped(image, (left, top, right, bottom)), FRAME), "crop"
         except (TypeError, ValueError) as error:
             raise LeftOutError(Reason.BAD_BOX, str(error)) from error
-    if kind not in SEARCHES:
-        return padded_square(image, FRAME), "whole"
     faces = find_faces(image, kind)
+    if kind not in SEARCHES or (kind == PET and not faces):
+        return padded_square(image, FRAME), "whole"
     if not faces:
         raise LeftOutError(Reason.NO_FACE, f"{image.width} x {image.height} pixels")
     if (side := faces[0].area ** 0.5) < SMALLEST:

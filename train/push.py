@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from nested_attention.adapters import CONFIG, WEIGHTS, AdapterConfig, read_config, read_weights
 from nested_attention.bases import ASSETS, BASES, Base, find_base
+from nested_attention.encoding import image_encoder_folders
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.files import replaced
 from nested_attention.hub import record_file, spoken_errors
@@ -101,12 +102,10 @@ def find_image_encoder(run: Run, given: Path | None) -> Path | None:
     Raises:
         NestedAttentionError: it is a folder, and not there.
     """
-    source, kept = run.config.image_encoder, run.base.adapters
-    places = [run.adapter] if kept is None else [run.adapter, kept / run.config.kind]
-    folders = [given] if given else [place / source / run.config.image_subfolder for place in places]
+    folders = [given] if given else image_encoder_folders(run.adapter, run.config)
     if found := next((folder for folder in folders if (folder / "config.json").is_file()), None):
         return found
-    if given or source.startswith("."):
+    if given or run.config.image_encoder.startswith("."):
         raise NestedAttentionError(f"there is no image encoder in {' or '.join(map(str, folders))}; name its folder by --image-encoder.")
     return None
 
@@ -142,8 +141,8 @@ def whereabouts(base: Base) -> str:
     return "which comes with the code" if ASSETS in source.parents else "a folder of the one who trained this, which is on no Hub"
 
 
-FRAMED = """from PIL import Image
-from nested_attention.faces import frame
+FRAMED = """from nested_attention.faces import frame
+from nested_attention.images import read_image
 """
 
 
@@ -158,7 +157,7 @@ def card(run: Run, repo: str) -> str:
         tags=["nested-attention", "personalization", "adapter", called, kind],
     )  # fmt: skip
     face, steps = config.framing == "face", [stage.steps for stage in run.stages]
-    picture = f'frame(Image.open("picture.png").convert("RGB"), "{kind}").image' if face else '"picture.png"'
+    picture = f'frame(read_image("picture.png"), "{kind}").image' if face else '"picture.png"'
     facts = {
         "base model": f"`{called}`, {whereabouts(base)}",
         "data": last.data or (STORYBOOK if config.base == "storybook" else "not recorded"),

@@ -27,7 +27,8 @@ from nested_attention.bases import ASSETS
 from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_features
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
-from train.storybook.dataset import to_tensor, weight_table
+from train.pixels import to_tensor
+from train.storybook.dataset import weight_table
 from train.storybook.kinds import KINDS
 from train.storybook.picture import render
 from train.storybook.sampling import Character, sample_picture, sample_reference

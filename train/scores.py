@@ -41,29 +41,24 @@ Scores = dict[str, Score]
 
 
 class ScoreFile:
-    """The scores of every part of an evaluation, and the waits in seconds; written after every part if there is a `path`.
+    """The scores of all parts of evaluations, and the waits in seconds; in a file if there is a `path`.
 
-    A part counts as done if the file says that it was made of the same: weights, prompts, settings.
+    A part is known by its name and by what it was made of: weights, prompts, settings. So a long evaluation can be gone on
+    with, in two processes too, and one with other settings takes nothing away.
+
+    Raises:
+        NestedAttentionError: `path` holds something else.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.parts: dict[str, dict[str, Any]] = {}  # "cat, personalized" -> {"made_of": ..., "scores": field -> Score}
+        self.parts: list[dict[str, Any]] = []  # {"part": "cat, personalized", "made_of": ..., "scores": field -> Score}
         self.seconds: dict[str, float] = {}
-        if path is None or not path.exists():
-            return
-        try:
-            read = json.loads(path.read_text())
-            self.seconds = read["seconds"]
-            for name, part in read["parts"].items():
-                self.parts[name] = {"made_of": part["made_of"], "scores": {field: Score(**x) for field, x in part["scores"].items()}}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise NestedAttentionError(f"{path} holds no scores of this evaluation ({error!r}); name another file or delete it.") from error
+        self._read()
 
     def find(self, part: str, made_of: dict[str, Any]) -> Scores | None:
         """The scores of a part that was made of just that; None if it has to be drawn."""
-        known = self.parts.get(part)
-        return known["scores"] if known is not None and known["made_of"] == made_of else None
+        return next((known["scores"] for known in self.parts if (known["part"], known["made_of"]) == (part, made_of)), None)
 
     def keep(self, part: str, made_of: dict[str, Any], scores: Scores) -> None:
         """Adds a part.
@@ -71,21 +66,37 @@ class ScoreFile:
         Raises:
             NestedAttentionError: the file cannot be written.
         """
-        self.parts[part] = {"made_of": made_of, "scores": scores}
-        self.write()
+        self._read()  # another process may have added parts meanwhile
+        self.parts = [known for known in self.parts if (known["part"], known["made_of"]) != (part, made_of)]
+        self.parts.append({"part": part, "made_of": made_of, "scores": scores})
+        self._write()
 
-    def write(self) -> None:
-        """Writes the file.
+    def keep_seconds(self, seconds: dict[str, float]) -> None:
+        """Takes the place of the waits that were there.
 
         Raises:
-            NestedAttentionError: it cannot be written.
+            NestedAttentionError: the file cannot be written.
         """
+        self._read()
+        self.seconds = seconds
+        self._write()
+
+    def _read(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            content = json.loads(self.path.read_text())
+            self.seconds = content["seconds"]
+            self.parts = [part | {"scores": {name: Score(**score) for name, score in part["scores"].items()}} for part in content["parts"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NestedAttentionError(
+                f"{self.path} holds no scores of this evaluation ({error!r}); name another file or delete it."
+            ) from error
+
+    def _write(self) -> None:
         if self.path is None:
             return
-        parts = {
-            name: {"made_of": part["made_of"], "scores": {field: asdict(score) for field, score in part["scores"].items()}}
-            for name, part in self.parts.items()
-        }
+        parts = [part | {"scores": {name: asdict(score) for name, score in part["scores"].items()}} for part in self.parts]
         with replaced(self.path) as fresh:
             fresh.write_text(json.dumps({"seconds": self.seconds, "parts": parts}, indent=1) + "\n")
 

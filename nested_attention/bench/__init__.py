@@ -12,29 +12,46 @@ from pathlib import Path
 import torch
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.bench.step import SCALES, Bench, build_unet, step_table
+from nested_attention.bench.step import SCALES, VARIANTS, Bench, build_unet, step_table
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.files import replaced
+from nested_attention.loading import best_device, best_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="storybook")
-    parser.add_argument("--repeats", type=int, default=5, help="counted rounds over all variants, after one that is not")
-    parser.add_argument("--only", nargs="+", help="only these variants of the step (stock always runs)")
+    parser.add_argument("--repeats", type=rounds, default=5, help="counted rounds over all variants, after one that is not")
+    only = "only these variants of the step (stock always runs)"
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=only)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def rounds(text: str) -> int:
+    """A number of rounds.
+
+    Raises:
+        ArgumentTypeError: none would be counted.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rounds; name a whole number from 1 on")
+    return int(text)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"MPS on {platform.machine()}, macOS {platform.mac_ver()[0]}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def run(options: argparse.Namespace) -> None:
-    report: dict = {"scale": options.scale, "device": device_name(), "torch": torch.__version__}
-    print(f"{options.scale} on {report['device']}, torch {torch.__version__}")
+    device = best_device()
+    dtype = str(best_dtype(device)).removeprefix("torch.")
+    report: dict = {"scale": options.scale, "device": device_name(device), "dtype": dtype, "torch": torch.__version__}
+    print(f"{options.scale} on {report['device']}, {dtype}, torch {torch.__version__}")
     if options.scale == "storybook":
         report["seconds"] = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"))
         for name, value in report["seconds"].items():

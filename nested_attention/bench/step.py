@@ -93,39 +93,47 @@ def cache_megabytes(condition: NestedCondition) -> float:
 Step = tuple[Callable[[], None], float]  # what is timed, and the megabytes of its key/value cache
 
 
-def variants(bench: Bench) -> dict[str, Callable[[int], Step]]:
-    """Name -> what prepares it for a round of the given number."""
+def ours(count: int, tokens: int, traced: bool, bench: Bench, number: int) -> Step:
+    bench.install()
+    condition = bench.condition(count, tokens, traced)
+    if condition.recorder is not None:
+        condition.recorder.step = number  # which layers are recorded depends on it
+    return lambda: bench.step(condition), cache_megabytes(condition)
 
-    def ours(count: int, tokens: int, traced: bool, number: int) -> Step:
-        bench.install()
-        condition = bench.condition(count, tokens, traced)
-        if condition.recorder is not None:
-            condition.recorder.step = number  # which layers are recorded depends on it
-        return lambda: bench.step(condition), cache_megabytes(condition)
 
-    def another(make: Callable[[Attention], object] | None, number: int) -> Step:
-        bench.install(make)
-        return bench.step, 0.0
+def stock(bench: Bench, number: int) -> Step:
+    bench.install()
+    return bench.step, 0.0
 
-    table: dict[str, Callable[[int], Step]] = {"stock": partial(another, None)}
-    for count in COUNTS:
-        for tokens in SIZES:
-            table[f"ours, {count} x {tokens}"] = partial(ours, count, tokens, False)
-    table["ours, 1 x 1024, traced"] = partial(ours, 1, 1024, True)
-    table["direct form, 1 x 1024"] = partial(another, lambda attention: DirectProcessor(attention, bench.tokens(1024), COLUMNS[0]))
-    table["decoupled cross-attention, 16"] = partial(another, lambda attention: DecoupledProcessor(attention, bench.tokens(16)))
-    return table
+
+def direct(bench: Bench, number: int) -> Step:
+    bench.install(lambda attention: DirectProcessor(attention, bench.tokens(1024), COLUMNS[0]))
+    return bench.step, 0.0
+
+
+def decoupled(bench: Bench, number: int) -> Step:
+    bench.install(lambda attention: DecoupledProcessor(attention, bench.tokens(16)))
+    return bench.step, 0.0
+
+
+VARIANTS: dict[str, Callable[[Bench, int], Step]] = {  # name -> what prepares it for a round of the given number
+    "stock": stock,
+    **{f"ours, {count} x {tokens}": partial(ours, count, tokens, False) for count in COUNTS for tokens in SIZES},
+    "ours, 1 x 1024, traced": partial(ours, 1, 1024, True),
+    "direct form, 1 x 1024": direct,
+    "decoupled cross-attention, 16": decoupled,
+}
 
 
 def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
     """Median seconds of a step, its ratio to stock round by round, peak memory and what it is above stock's, and the cache."""
-    chosen = {name: make for name, make in variants(bench).items() if name == "stock" or not only or name in only}
+    chosen = {name: make for name, make in VARIANTS.items() if name == "stock" or not only or name in only}
     taken: dict[str, list[float]] = {name: [] for name in chosen}
     peaks: dict[str, float] = {}
     caches: dict[str, float] = {}
     for number in range(repeats + 1):
         for name, make in random.Random(number).sample(list(chosen.items()), len(chosen)):  # no one always comes last
-            step, caches[name] = make(number)  # made and dropped for every round: caches of all variants do not fit at once
+            step, caches[name] = make(bench, number)  # made and dropped for every round: caches of all variants do not fit at once
             step_seconds, peak = timed(step)
             if number:
                 taken[name].append(step_seconds)
@@ -150,15 +158,20 @@ def timed(step: Callable[[], None]) -> tuple[float, float]:
     before = reset_peak(cuda)
     start = time.perf_counter()
     step()
-    if cuda:
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter() - start, peak_megabytes(cuda) - before
+
+
+def wait_for_device() -> None:
+    """Until it has done what it was told so far; a CPU always has."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def reset_peak(cuda: bool) -> float:
     """Forgets the peak so far; returns what is held now, in MB."""
+    wait_for_device()
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e6
     clear = Path("/proc/self/clear_refs")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from nested_attention import NestedAttentionPipeline, SubjectCache, trace
+from nested_attention.bench.step import wait_for_device
 
 REPEATS = 5
 LOAD = "import time; t = time.perf_counter(); from nested_attention import NestedAttentionPipeline as P; P.from_pretrained(); print(time.perf_counter() - t)"
@@ -21,8 +22,10 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     work()
     taken = []
     for _ in range(repeats):
+        wait_for_device()
         start = time.perf_counter()
         work()
+        wait_for_device()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 

@@ -8,7 +8,9 @@ from nested_attention import NestedAttentionError, Progress
 from nested_attention.prompts import placeholders
 from nested_attention.ui.explain import explain_point
 from nested_attention.ui.gpu import on_gpu
-from nested_attention.ui.studio import Slot, Studio, result_of
+from nested_attention.ui.session import Slot, result_of
+from nested_attention.ui.slots import framing_of
+from nested_attention.ui.studio import Studio, framed_pictures
 
 
 def spoken(error: NestedAttentionError) -> gr.Error:
@@ -23,16 +25,21 @@ def build_api(studio: Studio) -> None:
     @on_gpu
     def encode(
         request: gr.Request, kind: str, files: list[str] | None, placeholder: str = "", strength: float = 1.0, lam: float | None = None,
-        token_weight: float = 1.0,
+        token_weight: float = 1.0, framing: str = "",
     ) -> dict[str, Any]:  # fmt: skip
-        """Encodes the pictures of one subject and keeps it in the session. `lam` is the adapter's own if not given."""
+        """Encodes the pictures of one subject and keeps it in the session; "framed" says what was done to each picture.
+
+        `lam` and `framing` ("whole", "face", "face 2", ...) are the adapter's own if not given.
+        """
         try:
-            slot = Slot(kind, tuple(files or ()), strength)
             session = studio.session(str(request.session_hash))
+            slot = Slot(kind, tuple(files or ()), strength, framing or framing_of(session.pipe, kind))
             subject = studio.encode(session, slot, placeholder or None, lam=lam, token_weight=token_weight)
         except NestedAttentionError as error:
             raise spoken(error) from error
-        return {"placeholder": subject.placeholder, "kind": subject.kind, "pictures": len(subject.images), "tokens": subject.num_tokens}
+        framed = [made.said for made in framed_pictures(slot)]
+        count = len(subject.images)
+        return {"placeholder": subject.placeholder, "kind": kind, "pictures": count, "tokens": subject.num_tokens, "framed": framed}
 
     @on_gpu
     def generate(
@@ -64,6 +71,7 @@ def build_api(studio: Studio) -> None:
 
     with gr.Row(visible=False):
         kind, placeholder, prompt, negative = (gr.Textbox() for _ in range(4))
+        framing = gr.Textbox("")
         files = gr.File(file_count="multiple", type="filepath")
         strength, lam, token_weight = gr.Number(1.0), gr.Number(None), gr.Number(1.0)
         count, steps = gr.Number(1), gr.Number(pipe.base.steps)
@@ -71,7 +79,7 @@ def build_api(studio: Studio) -> None:
         picture, x, y = gr.Number(0), gr.Number(0.5), gr.Number(0.5)
         answer, parameters, shares, pictures = gr.JSON(), gr.JSON(), gr.JSON(), gr.Files()
         gr.Button().click(
-            encode, [kind, files, placeholder, strength, lam, token_weight], answer, api_name="encode", concurrency_id="pipeline",
+            encode, [kind, files, placeholder, strength, lam, token_weight, framing], answer, api_name="encode", concurrency_id="pipeline",
         )  # fmt: skip
         gr.Button().click(
             generate,

@@ -6,12 +6,13 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
 from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import EXAMPLE, Handlers, insert_one
+from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
 from nested_attention.ui.studio import Studio
 
+KEPT_SECONDS = 3600, 86400  # how often, and at which age, files that visitors uploaded or drew are deleted; all are at the end
 TITLE = """## Nested Attention
 Give a picture of a character, write a prompt with its placeholder, and get new pictures that show **that** character and follow the prompt.
 """
@@ -37,9 +38,9 @@ CSS = """
 
 def build_app(studio: Studio) -> gr.Blocks:
     """The whole page. Nothing is generated until somebody asks."""
-    examples = load_examples()
-    start = next((example for example in examples if all(slot.kind in studio.pipe.kinds for slot in example.slots)), None)
-    with gr.Blocks(title="Nested Attention", analytics_enabled=False) as page:
+    handlers = Handlers(studio, examples := load_examples())
+    start = handlers.start
+    with gr.Blocks(title="Nested Attention", analytics_enabled=False, delete_cache=KEPT_SECONDS) as page:
         gr.Markdown(TITLE)
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -66,7 +67,9 @@ def build_app(studio: Studio) -> gr.Blocks:
                 status = gr.Markdown(EXAMPLE if start else "", elem_id="status")
                 with gr.Accordion("With and without the subject", open=False):
                     compare = gr.Button("Draw the first picture once more with ordinary words", size="sm")
-                    slider = gr.ImageSlider(label="left: ordinary words · right: your subjects", interactive=False, height=380)
+                    slider = gr.ImageSlider(
+                        label="left: ordinary words · right: your subjects", interactive=False, height=380, elem_id="slider"
+                    )
                 with gr.Accordion("Settings in a picture", open=False):
                     gr.Markdown("Downloaded PNGs carry all parameters. Drop one here to get them back.")
                     dropped = gr.File(label="A PNG made here", type="filepath", file_types=[".png"], height=110, elem_id="dropped")
@@ -78,15 +81,16 @@ def build_app(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=6, min_width=320):
                 inside = build_inside(studio)
 
-        handlers = Handlers(studio, examples)
         outputs = [gallery, status, notice, offer, controls.seed]
+        asked = [generate_button.click, prompt.submit]
+        gr.on(asked, None, None, status, js=f"() => {WAITING!r}", api_visibility="private")  # until it is this visitor's turn
         running = gr.on(
-            [generate_button.click, prompt.submit], handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
+            asked, handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         cancel.click(
-            handlers.cancelled, None, [gallery, status], cancels=[running, compared], concurrency_limit=None,
+            handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")

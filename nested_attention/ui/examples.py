@@ -3,10 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nested_attention.bases import ASSETS
+from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.provenance import read_provenance
-from nested_attention.ui.studio import Slot
+from nested_attention.ui.session import Slot
 
 FOLDER = ASSETS / "examples"
 
@@ -23,25 +25,56 @@ class Example:
 
 
 def load_examples() -> list[Example]:
-    """The examples in `assets/examples/examples.json`; none if the file is not there."""
+    """The examples in `assets/examples/examples.json`; none if the file is not there.
+
+    Raises:
+        NestedAttentionError: it is damaged, or a picture of it is missing.
+    """
     path = FOLDER / "examples.json"
     if not path.exists():
         return []
-    return [
-        Example(
-            entry["title"], entry["prompt"], entry["seed"],
-            tuple(Slot(slot["kind"], tuple(str(FOLDER / name) for name in slot["files"])) for slot in entry["slots"]),
-            tuple(str(FOLDER / name) for name in entry["results"]),
-        )
-        for entry in json.loads(path.read_text())
-    ]  # fmt: skip
+    try:
+        examples = [
+            Example(
+                entry["title"], entry["prompt"], entry["seed"],
+                tuple(Slot(slot["kind"], tuple(picture(name) for name in slot["files"])) for slot in entry["slots"]),
+                tuple(picture(name) for name in entry["results"]),
+            )
+            for entry in json.loads(path.read_text())
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+    return examples
+
+
+def picture(name: str) -> str:
+    """The path of an example's picture.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if not (path := FOLDER / name).is_file():
+        raise FileNotFoundError(f"{name} is missing")
+    return str(path)
+
+
+def damaged(path: Path, error: Exception) -> NestedAttentionError:
+    return NestedAttentionError(f"the examples of the page cannot be read from {path} ({error}); {get_back(path.parent)}.")
 
 
 def example_sources(examples: Sequence[Example]) -> dict[str, Slot]:
-    """`Session.sources` of the shipped reference pictures, by the hashes that the examples' own PNGs carry."""
+    """`Session.sources` of the shipped reference pictures, by the hashes that the examples' own PNGs carry.
+
+    Raises:
+        NestedAttentionError: a PNG is damaged.
+    """
     sources: dict[str, Slot] = {}
     for example in examples:
-        for note, slot in zip(read_provenance(example.results[0]).subjects, example.slots, strict=True):
+        try:
+            notes = read_provenance(example.results[0]).subjects
+        except NestedAttentionError as error:
+            raise damaged(Path(example.results[0]), error) from error
+        for note, slot in zip(notes, example.slots, strict=True):
             sources |= {picture: replace(slot, files=(file,)) for picture, file in zip(note.pictures, slot.files, strict=False)}
     return sources
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.tracing import Grid, SubjectMaps
-from nested_attention.ui.studio import Result
+from nested_attention.ui.session import Result
 
 SHOWN = 512  # side in pixels of the longer edge of explanatory pictures
 
@@ -93,8 +93,8 @@ def explain_point(
         raise NestedAttentionError(f"picture {which} does not exist; the last generation has {len(result.files)}, counted from 0.")
     if x is None or y is None or not (0 <= x < 1 and 0 <= y < 1):
         raise NestedAttentionError(f"the point ({x}, {y}) lies outside the picture; give fractions of width and height from 0 to 1.")
-    maps, picture = result.maps.subject(placeholder), int(which)
-    shares = {s.placeholder: result.maps.subject(s.placeholder).outer(resolution or "mean", third)[picture] for s in result.subjects}
+    maps, picture = result.maps_of(placeholder), int(which)
+    shares = {s.placeholder: result.maps_of(s.placeholder).outer(resolution or "mean", third)[picture] for s in result.subjects}
     height, width = shares[placeholder].shape
     cell = int(y * height), int(x * width)
     words = {name: float(share[cell]) for name, share in shares.items()}
@@ -107,7 +107,7 @@ def explain_point(
 
 def reference_heat(result: Result, placeholder: str, patches: Tensor) -> list[Image.Image]:
     """The reference pictures of a subject with the share of every patch as heat."""
-    subject = result.maps.subject(placeholder).subject
+    subject = result.maps_of(placeholder).subject
     out, start = [], 0
     for image in subject.images:
         count = image.reading.shape[1]

@@ -1,6 +1,5 @@
 """What happens on the page when somebody presses something. Problems are said where they occur; nothing is cleared."""
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +8,20 @@ from typing import Any
 import gradio as gr
 
 from nested_attention import NestedAttentionError, Progress, Subject
-from nested_attention.prompts import PLACEHOLDER, placeholders
+from nested_attention.prompts import PLACEHOLDER, placeholders, slot_names
 from nested_attention.provenance import Provenance, SubjectNote, read_provenance
-from nested_attention.settings import MAX_SEED, MAX_SUBJECTS
+from nested_attention.settings import MAX_SUBJECTS, random_seed
 from nested_attention.ui.controls import CONTROLS, PICTURES, knob_defaults
 from nested_attention.ui.examples import Example, example_sources
 from nested_attention.ui.explain import enlarged
 from nested_attention.ui.gpu import on_gpu
 from nested_attention.ui.inside import reset
+from nested_attention.ui.session import Result, Session, Slot, result_of
 from nested_attention.ui.slots import VALUES, empty_slot, face_number, framings, no_adapter_for, read_slots, slot_updates
-from nested_attention.ui.studio import Result, Session, Slot, Studio, missing_placeholders, put_into_prompt, result_of, slot_names
+from nested_attention.ui.studio import Studio, missing_placeholders, put_into_prompt
 
 PREVIEW_EVERY = 3  # steps between two previews
+WAITING = "Waiting for its turn …"
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
     "person": ("a person", "a man", "a woman", "someone", "person"),
@@ -40,6 +41,7 @@ class Handlers:
 
     def __init__(self, studio: Studio, examples: Sequence[Example]):
         self.studio, self.examples = studio, examples
+        self.start = next((example for example in examples if all(slot.kind in studio.pipe.kinds for slot in example.slots)), None)
         self.shipped = example_sources(examples)
         self.ours = {slot.kind: slot for example in reversed(examples) for slot in example.slots}  # of every kind the first
         self.our_files = {Path(file).read_bytes() for example in examples for slot in example.slots for file in slot.files}
@@ -53,14 +55,14 @@ class Handlers:
         """Yields values for gallery, status, notice, offer and seed."""
         session = self._session(request)
         prompt, negative, num_images, steps, guidance, seed, new_seed, lam, token_weight = values[:CONTROLS]
-        seed = random.randrange(MAX_SEED) if new_seed or seed is None else seed
+        seed = random_seed() if new_seed or seed is None else seed
         quiet = "", hidden(), gr.skip()
-        session.running = True
+        run = session.begin()
         yield (gr.skip(), "Looking at the subjects …", *quiet)
         try:
             subjects = self.studio.subjects_of_slots(session, read_slots(values[CONTROLS:]), lam=lam, token_weight=token_weight)
             if missing := missing_placeholders(prompt, subjects):
-                session.running = False
+                session.end(run)
                 yield (gr.skip(), "", *offer_to_insert(missing), gr.skip())
                 return
             for event in self.studio.generate(
@@ -70,29 +72,33 @@ class Handlers:
                     pictures: Any = gr.skip()
                     if event.step % PREVIEW_EVERY == 1:
                         pictures, session.previewing = [enlarged(image) for image in event.previews()], True
-                    with session.delivering() as wanted:
+                    with session.delivering(run) as wanted:
                         if not wanted:
                             return
                         yield (pictures, f"Step {event.step} of {event.steps}", *quiet)
                 else:
-                    session.running = session.previewing = False
+                    session.end(run)
+                    session.shown, session.previewing = event.files, False
                     yield (list(event.files), finished(event), "", hidden(), event.generation.settings.seed)
-        except NestedAttentionError as error:
+        except Exception as error:
+            session.end(run)
+            if not isinstance(error, NestedAttentionError):
+                raise
             yield (self._unfinished(session), "", warned(error), hidden(), gr.skip())
 
     def _unfinished(self, session: Session) -> Any:
         """What the gallery goes back to where a run ends too early: the last finished pictures in place of half-denoised ones."""
-        session.running = False
         if not session.previewing:
             return gr.skip()
         session.previewing = False
-        return list(session.result.files) if session.result else []
+        shown = (self.start.results if self.start else ()) if session.shown is None else session.shown
+        return list(shown)
 
-    def cancelled(self, request: gr.Request) -> tuple[Any, Any]:
-        """Values for gallery and status; nothing changes where nothing was under way."""
+    def cancelled(self, status: str, request: gr.Request) -> tuple[Any, Any]:
+        """Values for gallery and status, which was `status`; nothing changes where nothing was under way."""
         session = self._session(request)
-        status = "Cancelled." if session.stop() else gr.skip()
-        return self._unfinished(session), status
+        stopped = session.stop() or status == WAITING
+        return self._unfinished(session), "Cancelled." if stopped else gr.skip()
 
     def look_inside(self, request: gr.Request) -> list:
         """Values for all of "Look inside"."""
@@ -109,22 +115,28 @@ class Handlers:
         return prompt, "Done; press Generate.", hidden()
 
     def _compare(self, request: gr.Request) -> Iterator[tuple]:
-        """Yields values for the slider, without and with the subjects, and status."""
+        """Yields values for the slider, without and with the subjects, and status.
+
+        Raises:
+            gr.Error: there is nothing to compare with, or it could not be drawn.
+        """
         session = self._session(request)
-        session.running = True
+        run = session.begin()
         try:
             result = result_of(session)
             for event in self.studio.without_subjects(session):
                 if isinstance(event, Progress):
-                    with session.delivering() as wanted:
+                    with session.delivering(run) as wanted:
                         if not wanted:
                             return
                         yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
                 else:
-                    session.running = False
+                    session.end(run)
                     yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
-        except NestedAttentionError as error:
-            session.running = False
+        except Exception as error:
+            session.end(run)
+            if not isinstance(error, NestedAttentionError):
+                raise
             raise gr.Error(str(error), print_exception=False) from error
 
     def restore(self, path: str | None, request: gr.Request) -> list:
@@ -151,7 +163,7 @@ class Handlers:
         What was drawn before is forgotten, for the gallery no longer shows it.
         """
         example, session = self.examples[event.index], self._session(request)
-        session.result, pipe = None, session.pipe
+        session.result, session.shown, pipe = None, example.results, session.pipe
         steps, guidance, negative, lam = knob_defaults(pipe)
         controls = [example.prompt, negative, PICTURES, steps, guidance, example.seed, False, lam, 1.0]
         known = [slot for slot in example.slots if slot.kind in pipe.kinds]
@@ -179,10 +191,10 @@ class Handlers:
 
     def _is_ours(self, slot: Slot) -> bool:
         """Whether a slot shows an example's pictures. The page's files are copies, so it is their content that tells."""
-        return all(Path(file).read_bytes() in self.our_files for file in slot.files)
+        return all(Path(file).is_file() and Path(file).read_bytes() in self.our_files for file in slot.files)
 
     def close(self, request: gr.Request) -> None:
-        """Forgets a visitor who left."""
+        """A visitor left, or lost the line."""
         self.studio.close(str(request.session_hash))
 
 

@@ -7,7 +7,8 @@ import gradio as gr
 from nested_attention import NestedAttentionError
 from nested_attention.tracing import Grid
 from nested_attention.ui.explain import PointReport, enlarged, explain_point, heat, reference_heat, regions, value_picture
-from nested_attention.ui.studio import Result, Studio, result_of
+from nested_attention.ui.session import Result, result_of
+from nested_attention.ui.studio import Studio
 
 PARTS = {"all steps": None, "beginning": 0, "middle": 1, "end": 2}
 INTRO = "Everything here was recorded while the picture was drawn, and every share is a probability. Click into the first picture."
@@ -120,7 +121,7 @@ def show(studio: Studio, session: str, name: str, which: str, grid: str, when: s
     """The panel's pictures for the given choices; a point that was explained in others is forgotten."""
     try:
         result = result_of(studio.session(session))
-        maps, number, resolution, third = result.maps.subject(name), int(which) - 1, grid_of(grid), PARTS[when]
+        maps, number, resolution, third = result.maps_of(name), int(which) - 1, grid_of(grid), PARTS[when]
         image = result.generation.images[number]
         values, flat = value_picture(maps, number, resolution or result.maps.resolutions[0], third)
         outer = heat(image, maps.outer(resolution or "mean", third)[number])
@@ -150,7 +151,7 @@ def explain(studio: Studio, session: str, name: str, which: str, grid: str, when
 def told(result: Result, name: str, report: PointReport) -> str:
     """The report in words."""
     words = ", ".join(f"`{word}` {share:.0%}" for word, share in report.words.items())
-    strength = result.maps.subject(name).subject.strength
+    strength = result.maps_of(name).subject.strength
     tokens = ", ".join(f"token {token} ({share:.0%})" for token, share in report.tokens)
     return (
         f"At this point attention goes to: {words}.  \n`{name}` has strength {strength:g}: its value lies {strength:.0%} of the way "

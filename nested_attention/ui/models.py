@@ -119,9 +119,8 @@ def spoken_licence(licence: str) -> str:
 
 def cost_text(cost: Estimate, pipe: NestedAttentionPipeline) -> str:
     there = "on this machine" if cost.fetched else f"**{cost.download:.1f} GB to download**"
-    return (
-        f"{there} · {cost.memory:.1f} GB of memory · on {pipe.device.type}, {cost.placement}, about {spoken_time(cost.seconds)} a picture"
-    )
+    memory = f"{cost.memory:.1f} GB of memory" + ("" if cost.fits else f", ⚠️ **of which only {cost.free:.1f} GB are free**")
+    return f"{there} · {memory} · on {pipe.device.type}, {cost.placement}, about {spoken_time(cost.seconds)} a picture"
 
 
 def spoken_time(seconds: float) -> str:
@@ -146,13 +145,12 @@ def use_model(studio: Studio, changed: Callable[..., list[Any]], count: int) -> 
     """
 
     def load(name: str, adapter: str, request: gr.Request, *before: Any) -> Iterator[list]:
-        rest = [gr.skip()] * count
-        yield ["Loading; the first time it is downloaded …", "", *rest]
+        session, problem = studio.session(str(request.session_hash)), ""
+        yield ["Loading; the first time it is downloaded …", "", *[gr.skip()] * count]
         try:
-            pipe = studio.choose_model(studio.session(str(request.session_hash)), name, adapter_of(adapter))
+            studio.choose_model(session, name, adapter_of(adapter))
         except NestedAttentionError as error:
-            yield [gr.skip(), f"⚠️ {error}", *rest]
-            return
-        yield [loaded_text(pipe), "", *changed(pipe, *before)]
+            problem = f"⚠️ {error}"
+        yield [loaded_text(session.pipe), problem, *changed(session.pipe, *before)]
 
     return load

@@ -10,9 +10,11 @@ from PIL import Image
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.faces import SEARCHES
 from nested_attention.images import padded_square
+from nested_attention.prompts import slot_names
 from nested_attention.settings import MAX_SUBJECTS
 from nested_attention.subjects import MAX_STRENGTH
-from nested_attention.ui.studio import Slot, Studio, framed_pictures, slot_names
+from nested_attention.ui.session import Slot
+from nested_attention.ui.studio import Studio, framed_pictures
 
 SIDES = {"Left": 0, "Top": 0, "Right": 100, "Bottom": 100}  # the crop that cuts nothing, in percent
 EMPTY = "Add a picture first"

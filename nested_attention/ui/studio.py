@@ -1,93 +1,28 @@
 """What the app can do, without Gradio: sessions, models, subjects from slots, generation, explanation."""
 
+import gc
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 from PIL import Image
 
-from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Progress, Subject, SubjectCache
-from nested_attention.faces import Box, Framed, frame
+from nested_attention import Generation, NestedAttentionPipeline, Progress, Subject, SubjectCache
+from nested_attention.bases import find_base
+from nested_attention.faces import Framed, frame
 from nested_attention.images import read_image
-from nested_attention.prompts import placeholders
-from nested_attention.provenance import UNCUT, Provenance, SubjectNote
+from nested_attention.loading import base_folder
+from nested_attention.prompts import placeholders, slot_names
+from nested_attention.provenance import Provenance, SubjectNote
 from nested_attention.subjects import EncodedImage
 from nested_attention.tracing import Trace
+from nested_attention.ui.session import Result, Session, Slot, result_of
 
-SESSION_SECONDS = 3600.0
-DELIVERY_SECONDS = 5.0  # a visitor whose line is dead is not waited for
 JOINING = {"in", "on", "at", "under", "by", "with", "wearing", "among", "near", "next", "smiling", "and"}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One subject slot as the user filled it: kind, picture files, strength, how to frame them (`faces.frame`)."""
-
-    kind: str
-    files: tuple[str, ...]
-    strength: float = 1.0
-    framing: str = "whole"
-    crop: Box = UNCUT
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished generation of a session: files of the pictures, what was traced, and who was in it."""
-
-    generation: Generation
-    subjects: tuple[Subject, ...]
-    maps: Trace
-    files: tuple[str, ...]
-
-
-@dataclass
-class Session:
-    """What one visitor has here: a model, encoded pictures, subjects by placeholder, the last result. Gone after an hour.
-
-    `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
-    `running`: something is being drawn, and its end was not said yet. `previewing`: the gallery shows half-denoised pictures.
-    `delivered`: no progress is on its way to the page.
-    """
-
-    pipe: NestedAttentionPipeline
-    cache: SubjectCache = field(default_factory=lambda: SubjectCache(512 << 20))
-    subjects: dict[str, Subject] = field(default_factory=dict)
-    sources: dict[str, Slot] = field(default_factory=dict)
-    result: Result | None = None
-    running: bool = False
-    previewing: bool = False
-    delivered: Event = field(default_factory=Event)
-    folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
-    used: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self):
-        self.delivered.set()
-
-    @contextmanager
-    def delivering(self) -> Iterator[bool]:
-        """Around a `yield` to the page; gives whether the run still goes on. `stop` waits until the page has it."""
-        self.delivered.clear()
-        try:
-            yield self.running
-        finally:
-            self.delivered.set()
-
-    def stop(self) -> bool:
-        """Ends the run, after which it brings nothing to the page any more; false if there was none."""
-        running, self.running = self.running, False
-        self.delivered.wait(DELIVERY_SECONDS)
-        return running
-
-
-def slot_names(kinds: Sequence[str]) -> list[str]:
-    """The placeholder of each slot: `<person>`, `<cat>`, and `<person2>` for a second person."""
-    return [f"<{kind}{'' if kinds[:k].count(kind) == 0 else kinds[:k].count(kind) + 1}>" for k, kind in enumerate(kinds)]
 
 
 class Studio:
@@ -108,7 +43,8 @@ class Studio:
         """Gives the session another model, loaded (and fetched) first if need be. Its subjects are forgotten.
 
         Raises:
-            NestedAttentionError: the model or the adapter cannot be had.
+            NestedAttentionError: the model or the adapter cannot be had. If that is found while loading, the session has the
+                first model from then on.
         """
         with self._loading:
             if (base, adapter) == (self.pipe.base.name, self.adapter):
@@ -116,33 +52,37 @@ class Studio:
             elif self._other is not None and self._other[0] == (base, adapter):
                 chosen = self._other[1]
             else:
+                base_folder(find_base(base))  # what cannot be had changes nothing
+                session.turn_to(self.pipe)  # two large models at once would not fit into most GPUs
                 self._other = None
+                gc.collect()
                 chosen = NestedAttentionPipeline.from_pretrained(base, adapter, self.pipe.device)
                 self._other = (base, adapter), chosen
-        if chosen is not session.pipe:
-            session.pipe, session.result = chosen, None
-            session.subjects.clear()
+        session.turn_to(chosen)
         return chosen
 
     def session(self, key: str) -> Session:
-        """The session of one visitor; sessions that were not used for an hour are dropped."""
-        now = time.monotonic()
+        """The session of one visitor; others that were not used for long are dropped."""
         with self._lock:
-            for stale in [k for k, s in self._sessions.items() if now - s.used > SESSION_SECONDS]:
-                del self._sessions[stale]
             if key not in self._sessions:
                 self._sessions[key] = Session(self.pipe)
             session = self._sessions[key]
-            session.used = now
+            session.use()
+            self._sessions = {name: one for name, one in self._sessions.items() if not one.over}
             return session
 
     def close(self, key: str) -> None:
-        """Forgets a visitor."""
+        """A visitor's line is down: what is being drawn ends, and the session soon, unless they come back."""
         with self._lock:
-            self._sessions.pop(key, None)
+            if key in self._sessions:
+                self._sessions[key].leave()
 
     def encode(self, session: Session, slot: Slot, placeholder: str | None = None, **knobs: Any) -> Subject:
-        """Encodes the pictures of one subject and remembers it under its placeholder."""
+        """Encodes the pictures of one subject and remembers it under its placeholder.
+
+        Raises:
+            NestedAttentionError: the slot has no picture, one cannot be used, or a value is out of its range.
+        """
         pictures = [made.image for made in framed_pictures(slot)]
         subject = session.pipe.encode(slot.kind, pictures, placeholder, slot.strength, cache=session.cache, **knobs)
         session.subjects[subject.placeholder] = subject
@@ -151,13 +91,21 @@ class Studio:
         return subject
 
     def subjects_of_slots(self, session: Session, slots: Sequence[Slot], **knobs: Any) -> list[Subject]:
-        """The subjects of all slots that hold a picture."""
+        """The subjects of all slots that hold a picture.
+
+        Raises:
+            NestedAttentionError: as of `encode`.
+        """
         filled = [slot for slot in slots if slot.files]
         names = slot_names([slot.kind for slot in filled])
         return [self.encode(session, slot, name, **knobs) for slot, name in zip(filled, names, strict=True)]
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
-        """Progress after every step, then the result, which the session keeps."""
+        """Progress after every step, then the result, which the session keeps.
+
+        Raises:
+            NestedAttentionError: the prompt or a setting cannot be used, memory ran out, or the pictures cannot be saved.
+        """
         maps, pipe = Trace(), session.pipe
         stream = pipe.stream(prompt, subjects, maps=maps, **settings)
         try:
@@ -171,7 +119,11 @@ class Studio:
             stream.close()
 
     def without_subjects(self, session: Session) -> Iterator[Progress | Image.Image]:
-        """The first picture of the last result once more, its subjects as ordinary words: progress, then the picture."""
+        """The first picture of the last result once more, its subjects as ordinary words: progress, then the picture.
+
+        Raises:
+            NestedAttentionError: nothing was generated yet, or memory ran out.
+        """
         result = result_of(session)
         ordinary = [subject.but(strength=0.0) for subject in result.subjects]
         settings = result.generation.settings.as_dict() | {"num_images": 1}
@@ -245,14 +197,3 @@ def put_into_prompt(prompt: str, placeholder: str, words: Sequence[str]) -> str:
     if placeholders(prompt):
         return f"{placeholder} and {prompt}"
     return f"{placeholder} {prompt}" if prompt.split()[0].lower() in JOINING else f"{placeholder}, {prompt}"
-
-
-def result_of(session: Session) -> Result:
-    """The session's last result.
-
-    Raises:
-        NestedAttentionError: nothing was generated yet, or too long ago.
-    """
-    if session.result is None:
-        raise NestedAttentionError("there is no picture to look into yet; press Generate first.")
-    return session.result

@@ -15,7 +15,7 @@ from nested_attention.images import padded_square
 from train.loop import Batch
 from train.photos.order import Shuffled
 from train.photos.sample import Source
-from train.storybook.dataset import to_tensor
+from train.pixels import to_tensor
 
 Size = tuple[int, int]  # height, width
 LONGEST = 2.0  # longer side of a bucket relative to the shorter one

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_attention.errors import NestedAttentionError
-from nested_attention.images import read_image
-from train.photos.sample import PhotoSample, checked_caption
+from train.photos.sample import PhotoSample, checked_caption, read_stored
 
 METADATA = "metadata.jsonl"
 IMAGES, REFERENCES = "images", "references"
@@ -96,5 +95,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> PhotoSample:
         photo = self.photos[index]
-        image, reference = read_image(self.folder / photo.file_name), read_image(self.folder / photo.reference)
+        without = f"remove its line from {self.folder / METADATA} and give the same command"
+        image, reference = (
+            read_stored(self.folder / file, f"{file} in {self.folder}", without) for file in (photo.file_name, photo.reference)
+        )
         return PhotoSample(image, reference, photo.text, Path(photo.file_name).stem)

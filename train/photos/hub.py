@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_attention.errors import NestedAttentionError
-from nested_attention.images import read_image
-from train.photos.sample import PhotoSample, checked_caption, upright_size
+from train.photos.sample import PhotoSample, checked_caption, read_stored, upright_size
 
 PICTURES = ["image", "reference"]
 COLUMNS = [*PICTURES, "text"]
@@ -59,8 +58,8 @@ class HubSource:
 
     def __getitem__(self, index: int) -> PhotoSample:
         row, name = self.rows[index], called(index, self.name)
-        image = read_image(content(row["image"]), f"the image in {name}")
-        reference = read_image(content(row["reference"]), f"the reference in {name}")
+        without = "save the other rows in a folder (`select` and `save_to_disk` of the package datasets) and name that folder with --data"
+        image, reference = (read_stored(content(row[part]), f"the {part} in {name}", without) for part in PICTURES)
         return PhotoSample(image, reference, self.captions[index], str(index))
 
 
@@ -92,10 +91,13 @@ def loaded(name: str) -> Any:
         raise NestedAttentionError(f"the data set {name} has the splits {', '.join(found)}, but no train; rename the one to train on.")
     rows = found["train"] if isinstance(found, dict) else found
     if missing := [column for column in COLUMNS if column not in rows.column_names]:
-        raise NestedAttentionError(
-            f"the data set {name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}; "
-            "rename its columns to image, reference and text."
-        )
+        way = "rename its columns to image, reference and text"
+        if "reference" in missing:
+            way = (
+                "where references are missing, save its pictures with their texts in a folder, NAME.jpg beside NAME.txt, run "
+                "`python -m train.prepare FOLDER`, which makes them, and name what it writes with --data"
+            )
+        raise NestedAttentionError(f"the data set {name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}; {way}.")
     rows = rows.select_columns(COLUMNS)
     for column in PICTURES:
         rows = rows.cast_column(column, Image(decode=False))

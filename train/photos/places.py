@@ -17,6 +17,8 @@ from nested_attention.errors import NestedAttentionError
 BLOCK = 8 << 20  # bytes that are fetched at a time where a shard is read through
 TRIES, TIMEOUT = 4, 30.0  # of one part; seconds
 BEHIND_THE_END = 416
+BUSY = 408, 429  # the server wants to be asked again later, as with every status from 500 on
+LONGEST = 60.0  # seconds that are waited, even if a server wishes for more
 
 
 class Place(Protocol):
@@ -116,7 +118,7 @@ class Parts(io.RawIOBase):
 def fetched(url: str, start: int, length: int) -> tuple[bytes, HTTPMessage]:
     """Bytes `start` to `start + length` of what lies at `url`, fewer at its end, and the headers of the answer.
 
-    A training of days asks millions of times, so what fails for the moment is asked for again.
+    A training of days asks millions of times, so what fails for the moment is asked for again, when the server wishes ("Retry-After").
 
     Raises:
         NestedAttentionError: it cannot be had, or only as a whole.
@@ -132,7 +134,8 @@ def fetched(url: str, start: int, length: int) -> tuple[bytes, HTTPMessage]:
             status = error.code if isinstance(error, HTTPError) else None
             if status == BEHIND_THE_END:
                 return b"", HTTPMessage()
-            if attempt == TRIES or (status is not None and status < 500):
+            if attempt == TRIES or (status is not None and status < 500 and status not in BUSY):
                 raise NestedAttentionError(f"{url} cannot be read ({error}); check the address and the connection.") from error
-        time.sleep(attempt)
+            wish = error.headers.get("Retry-After", "") if isinstance(error, HTTPError) else ""
+        time.sleep(min(float(wish), LONGEST) if wish.isdecimal() else attempt)
     raise AssertionError

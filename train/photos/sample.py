@@ -8,6 +8,7 @@ from typing import IO, Protocol
 from PIL import ExifTags, Image
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.images import read_image
 from nested_attention.prompts import placeholders
 
 LYING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -48,6 +49,18 @@ class Source(Protocol):
         """What changes when the photo, its reference or its caption is another one."""
 
     def __getitem__(self, index: int) -> PhotoSample: ...
+
+
+def read_stored(source: bytes | Path, name: str, without: str) -> Image.Image:
+    """`read_image` for the pictures of a source, of thousands of which one may be damaged. `without`: what takes it out.
+
+    Raises:
+        NestedAttentionError: it cannot be read.
+    """
+    try:
+        return read_image(source, name)
+    except NestedAttentionError as error:
+        raise NestedAttentionError(f"{error} To go on without it, {without}.") from error
 
 
 def checked_caption(text: str, name: str, kind: str) -> str:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.files import replaced
-from nested_attention.images import read_image
 from train.photos.folder import PreparedPhoto
 from train.photos.places import OnDisk, OnWeb, Place
-from train.photos.sample import PhotoSample, checked_caption, upright_size
+from train.photos.sample import PhotoSample, checked_caption, read_stored, upright_size
 
 PARTS = {  # how a name goes on after its key -> what is in the file
     **dict.fromkeys(("jpg", "jpeg", "png"), "image"),
@@ -75,8 +74,10 @@ class ShardSource:
 
     def __getitem__(self, index: int) -> PhotoSample:
         place, stored = self.photos[index]
-        image = read_image(place.read(*stored.image), f"{stored.key} in {place.name}")
-        reference = read_image(place.read(*stored.reference), f"the reference of {stored.key} in {place.name}")
+        name = f"{stored.key} in {place.name}"
+        without = f"write {place.name} again without the files of {stored.key} and give the same command"
+        image = read_stored(place.read(*stored.image), name, without)
+        reference = read_stored(place.read(*stored.reference), f"the reference of {name}", without)
         return PhotoSample(image, reference, stored.caption, stored.key)
 
 

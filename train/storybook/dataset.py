@@ -3,12 +3,13 @@
 import random
 from functools import cache
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
+from nested_attention.prompts import last_token
 from train.objective import Diffusion
+from train.pixels import to_tensor
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
 from train.storybook.picture import SLOT, Render, render
@@ -18,11 +19,6 @@ DETAILS = {  # weight of a pixel in the loss by its part: small parts count for 
     "eyes": 5.0, "mouth": 5.0, "brows": 3.0, "beard": 2.0, "accessory": 3.0, "emblem": 3.0, "load": 2.0,
     "garment": 2.0, "marking": 1.5, "hair": 1.5,
 }  # fmt: skip
-
-
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """`(H, W, 3)` uint8 -> `(3, H, W)` float32 in -1..1."""
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def token_mask(
@@ -35,9 +31,7 @@ def token_mask(
     encoded = tokenizer(text, padding="max_length", truncation=True, return_offsets_mapping=True)
     mask = torch.zeros(subjects, tokenizer.model_max_length, dtype=torch.bool)
     for subject, (start, end) in enumerate(spans):
-        inside = [k for k, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start and b > a]
-        if inside:
-            mask[subject, inside[-1]] = True
+        mask[subject, last_token(encoded["offset_mapping"], start, end)] = True
     return torch.tensor(encoded["input_ids"]), mask
 
 

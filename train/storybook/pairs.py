@@ -7,21 +7,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from train.storybook.dataset import to_tensor
+from train.pixels import to_tensor
 from train.storybook.labels import View, answers, view
 from train.storybook.picture import SLOT, Render, render
 from train.storybook.sampling import sample_picture, sample_reference
 
 
 class Pairs(Dataset):
-    """Item `i`: a view of one subject of picture `i`, and a reference of the same identity, both with answers.
+    """Item `i`: a view of one subject of picture `i` and a reference of the same identity, with answers, and the reference's parts.
 
     `blurred`: weaken one picture in two as a generator might (blur, noise), so that a judge of generated pictures has
-    seen such; the drawing itself stays a render. `parts`: also give the part map of the reference.
+    seen such; the drawing itself stays a render.
     """
 
-    def __init__(self, split: str, length: int, blurred: bool, offset: int = 0):
-        self.split, self.length, self.blurred, self.offset = split, length, blurred, offset
+    def __init__(self, split: str, length: int, blurred: bool):
+        self.split, self.length, self.blurred = split, length, blurred
 
     def __len__(self) -> int:
         return self.length
@@ -38,7 +38,6 @@ class Pairs(Dataset):
         return first, View(reference.image, answers(reference.picture, 0)), reference
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        index += self.offset
         first, second, reference = self.drawn(index)
         noise = np.random.default_rng(index)
         images = [weakened(x.image, noise) if self.blurred and noise.random() < 0.5 else x.image for x in (first, second)]

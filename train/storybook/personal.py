@@ -11,8 +11,9 @@ from transformers import CLIPTokenizer
 from nested_attention.prompts import fill
 from train.loop import Batch
 from train.objective import Diffusion
+from train.pixels import to_tensor
 from train.storybook.captions import caption
-from train.storybook.dataset import loss_weights, to_tensor, token_mask
+from train.storybook.dataset import loss_weights, token_mask
 from train.storybook.kinds import KINDS
 from train.storybook.picture import render
 from train.storybook.sampling import Placed, sample_picture, sample_reference
