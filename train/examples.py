@@ -30,8 +30,8 @@ class Plan:
 
 
 PLANS = (
-    Plan("Ada in the snow", "a drawing of <person> smiling, wearing a red hoodie, in the snow", (("person", "ada"),), 7),
-    Plan("Ada and Tom on the beach", "<person> and <cat> on the beach", (("person", "ada"), ("cat", "tom")), 3),
+    Plan("Ada in the snow", "a drawing of <person> smiling, wearing a red hoodie, in the snow", (("person", "ada"),), 16),
+    Plan("Ada and Tom on the beach", "<person> and <cat> on the beach", (("person", "ada"), ("cat", "tom")), 12),
     Plan("Max sketched", "a pencil sketch of <person> with glasses in the mountains", (("person", "max"),), 5),
     Plan("Tom in space", "pixel art of <cat> wearing a red scarf in space", (("cat", "tom"),), 2),
     Plan("A delivery at night", "<vehicle> carrying a gift at night", (("vehicle", "rosa"),), 4),
