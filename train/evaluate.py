@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.bases import ASSETS
+from nested_attention.bases import ASSETS, BASES
 from nested_attention.bench.visitor import REPEATS, visitor_table
 from nested_attention.errors import quiet_libraries, spoken_at_exit
 from nested_attention.files import replaced
@@ -217,7 +217,10 @@ def made_of(suite: str, cases: list[Case], lam: float | None) -> dict[str, Any]:
         *(folder / "adapters" / kind for kind in kinds),
     ]
     asked = hashlib.sha256(repr([(case.index, case.picture, case.said.text) for case in cases]).encode()).hexdigest()[:16]
-    return {"weights": fingerprint(used), "prompts": len(cases), "asked": asked, "split": cases[0].split, "lam": lam if kinds else None}
+    return {
+        "weights": fingerprint(used), "prompts": len(cases), "asked": asked, "split": cases[0].split, "lam": lam if kinds else None,
+        "steps": BASES["storybook"].steps, "guidance_scale": BASES["storybook"].guidance_scale,
+    }  # fmt: skip
 
 
 def run(
