@@ -34,12 +34,12 @@ def build_api(studio: Studio) -> None:
         try:
             session = studio.session(str(request.session_hash))
             slot = Slot(kind, tuple(files or ()), strength, framing or framing_of(session.pipe, kind))
-            subject = studio.encode(session, slot, placeholder or None, lam=lam, token_weight=token_weight)
+            framed = framed_pictures(slot)
+            subject = studio.encode(session, slot, placeholder or None, framed, lam=lam, token_weight=token_weight)
         except NestedAttentionError as error:
             raise spoken(error) from error
-        framed = [made.said for made in framed_pictures(slot)]
-        count = len(subject.images)
-        return {"placeholder": subject.placeholder, "kind": kind, "pictures": count, "tokens": subject.num_tokens, "framed": framed}
+        said = [made.said for made in framed]
+        return {"placeholder": subject.placeholder, "kind": kind, "pictures": len(said), "tokens": subject.num_tokens, "framed": said}
 
     @on_gpu
     def generate(

@@ -77,13 +77,15 @@ class Studio:
             if key in self._sessions:
                 self._sessions[key].leave()
 
-    def encode(self, session: Session, slot: Slot, placeholder: str | None = None, **knobs: Any) -> Subject:
-        """Encodes the pictures of one subject and remembers it under its placeholder.
+    def encode(
+        self, session: Session, slot: Slot, placeholder: str | None = None, framed: Sequence[Framed] | None = None, **knobs: Any
+    ) -> Subject:
+        """Encodes the pictures of one subject and remembers it under its placeholder. `framed`: they, if that was done already.
 
         Raises:
             NestedAttentionError: the slot has no picture, one cannot be used, or a value is out of its range.
         """
-        pictures = [made.image for made in framed_pictures(slot)]
+        pictures = [made.image for made in (framed_pictures(slot) if framed is None else framed)]
         subject = session.pipe.encode(slot.kind, pictures, placeholder, slot.strength, cache=session.cache, **knobs)
         session.subjects[subject.placeholder] = subject
         for image, file in zip(subject.images, slot.files, strict=True):
