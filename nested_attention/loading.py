@@ -16,7 +16,7 @@ from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged
 from nested_attention.hub import commit_of, fetch
-from nested_attention.memory import spoken_shortage
+from nested_attention.memory import spoken_shortage, too_little
 
 HALF = "fp16"  # how diffusers names weight files in 16 bit
 
@@ -208,5 +208,5 @@ def load_adapters(
         folders = {read_config(folder).kind: folder}
     else:
         folders = list_adapters(preset.adapters) if preset.adapters is not None else {}
-    with spoken_shortage(device, f"hold the adapters for {', '.join(folders)}"):
+    with spoken_shortage(too_little(device, f"hold the adapters for {', '.join(folders)}")):
         return folders, {kind: Adapter.load(folder, unet).to(device) for kind, folder in folders.items()}

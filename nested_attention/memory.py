@@ -148,13 +148,20 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def spoken_shortage(device: torch.device, purpose: str) -> Iterator[None]:
-    """Turns an out-of-memory error into one sentence: too little "to `purpose`", and the next step."""
+def spoken_shortage(sentence: str) -> Iterator[None]:
+    """Turns an out-of-memory error into `sentence`, which says what was too little for what, and the next step.
+
+    Raises:
+        NestedAttentionError: the memory did not suffice.
+    """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise NestedAttentionError(
-            f"{device} has too little memory to {purpose}; close what else uses it, or load the model on another device."
-        ) from error
+        raise NestedAttentionError(sentence) from error
+
+
+def too_little(device: torch.device, purpose: str) -> str:
+    """The sentence for a device whose memory does not suffice to `purpose`."""
+    return f"{device} has too little memory to {purpose}; close what else uses it, or load the model on another device."

@@ -25,7 +25,7 @@ from nested_attention.encoding import ImageEncoders, encode_subject
 from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
-from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage
+from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage, too_little
 from nested_attention.preview import preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
@@ -123,7 +123,7 @@ class NestedAttentionPipeline:
             raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
         pictures = [read_image(source) for source in sources]
         known = self.cache if cache is None else cache
-        with spoken_shortage(self.device, f"encode {placeholder}"):
+        with spoken_shortage(too_little(self.device, f"encode {placeholder}")):
             encoder = self.image_encoders.get(adapter.config)
             return encode_subject(placeholder, pictures, adapter, encoder, known, strength, lam, token_weight)
 

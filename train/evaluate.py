@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.bases import ASSETS, BASES
+from nested_attention.bench import number_of
 from nested_attention.bench.visitor import REPEATS, visitor_table
 from nested_attention.errors import quiet_libraries, spoken_at_exit
 from nested_attention.files import replaced
@@ -262,17 +263,6 @@ def report(part: str, count: int, scores: Scores, base: Scores) -> None:
         print(f"  {field:40s} {score}{change}", flush=True)
 
 
-def positive(text: str) -> int:
-    """A number of things on the command line.
-
-    Raises:
-        ValueError: it is none, or below 1; argparse says so.
-    """
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument("--suite", choices=("storybook",), default="storybook")
@@ -281,11 +271,11 @@ def main() -> None:
     )
     parser.add_argument("--sheets", type=Path, help="also save the first pictures of every part to this folder, to look at")
     parser.add_argument("--quick", action="store_true", help="few prompts: five minutes on two cores, wide intervals")
-    parser.add_argument("--prompts", type=positive, default=512, help="how many of each part")
+    parser.add_argument("--prompts", type=number_of("prompts"), default=512, help="how many of each part")
     parser.add_argument("--only", choices=KINDS_OF_SUITE, nargs="+", help="only these parts, and no waits")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="whose identities; choose settings by validation")
     parser.add_argument("--lam", type=float, help="length of the subjects' values, if not the adapters' own")
-    parser.add_argument("--processes", type=positive, default=2)
+    parser.add_argument("--processes", type=number_of("processes"), default=2)
     options = parser.parse_args()
     count, repeats = (10, 1) if options.quick else (options.prompts, REPEATS)
     file = ScoreFile(options.json)

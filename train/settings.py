@@ -1,11 +1,10 @@
 """The settings of a run, and what is said where they cannot be."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from nested_attention.errors import NestedAttentionError
-from nested_attention.memory import is_out_of_memory
+from nested_attention.memory import spoken_shortage
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,10 @@ def check(config: LoopConfig, processes: int, sharded: bool) -> None:
         )
 
 
-@contextmanager
-def spoken_memory(config: LoopConfig, processes: int) -> Iterator[None]:
+def spoken_memory(config: LoopConfig, processes: int) -> AbstractContextManager:
     """What does not fit into the memory, as one sentence with the next step."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        together = config.batch_size // (processes * config.accumulation)
-        raise NestedAttentionError(
-            f"the memory is too small for {together} of the {config.batch_size} samples of batch_size at a time; raise accumulation, which is "
-            f"{config.accumulation}, or lower batch_size or the resolution, and give the same command: it goes on from the last checkpoint."
-        ) from error
+    together = config.batch_size // (processes * config.accumulation)
+    return spoken_shortage(
+        f"the memory is too small for {together} of the {config.batch_size} samples of batch_size at a time; raise accumulation, which is "
+        f"{config.accumulation}, or lower batch_size or the resolution, and give the same command: it goes on from the last checkpoint."
+    )

@@ -7,6 +7,7 @@ U-Net with random weights, stock and in every form, interleaved. Ratios to the s
 import argparse
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,21 +21,21 @@ from nested_attention.loading import best_device, best_dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="storybook")
-    parser.add_argument("--repeats", type=rounds, default=5, help="counted rounds over all variants, after one that is not")
+    parser.add_argument("--repeats", type=number_of("rounds"), default=5, help="counted rounds over all variants, after one that is not")
     only = "only these variants of the step (stock always runs)"
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=only)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
 
 
-def rounds(text: str) -> int:
-    """A number of rounds.
+def number_of(things: str) -> Callable[[str], int]:
+    """What reads a number of `things` from the command line: a whole one from 1 on, as argparse's error says."""
 
-    Raises:
-        ArgumentTypeError: none would be counted.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of rounds; name a whole number from 1 on")
-    return int(text)
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is no number of {things}; name a whole number from 1 on")
+        return int(text)
+
+    return read
 
 
 def device_name(device: torch.device) -> str:
