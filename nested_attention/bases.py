@@ -77,7 +77,7 @@ BASES = {
     for base in (
         Base(
             "storybook", "StableDiffusionPipeline", str(ASSETS / "storybook/base"), None, None, ASSETS / "storybook/adapters",
-            steps=12, fast_steps=5, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07,
+            steps=10, fast_steps=5, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07,
             adapter_gigabytes=0.02, subject_gigabytes=0.01, teraflops=0.015, licence="MIT",
         ),
         Base(
