@@ -82,9 +82,10 @@ def _open(source: ImageSource, name: str) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, or a float, which may run from 0 to 1
         values = np.asarray(image, np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
+        highest = values.max()
+        top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
         image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")

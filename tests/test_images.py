@@ -63,6 +63,8 @@ def rotated() -> bytes:
 ODD = {
     "cmyk": lambda: encoded(half_red().convert("CMYK"), "JPEG"),
     "16 bit": lambda: encoded(Image.fromarray(np.asarray(half_red().convert("L"), np.uint16) * 257)),
+    "floats up to 1": lambda: encoded(Image.fromarray(np.asarray(half_red().convert("L"), np.float32) / 255), "TIFF"),
+    "floats up to 255": lambda: encoded(half_red().convert("F"), "TIFF"),
     "alpha": lambda: encoded(half_red().convert("RGBA")),
     "grey and alpha": lambda: encoded(half_red().convert("LA")),
     "palette with transparency": lambda: encoded(half_red().quantize(4), "GIF", transparency=3),
