@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,13 +132,16 @@ def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0,
 # ------------------------------------------------------------------------------------------------------ insightface
 
 
+PACKAGES = "insightface", "onnxruntime"
+
+
 def insightface_folder() -> Path:
     return Path(os.environ.get("INSIGHTFACE_HOME", Path.home() / ".insightface")) / "models/buffalo_l"
 
 
 def insightface_ready() -> bool:
-    """True if insightface's detector lies on this machine, so that nothing has to be fetched."""
-    return any(insightface_folder().glob("det_*.onnx"))
+    """True if insightface is installed and its detector lies on this machine, so that nothing has to be fetched."""
+    return all(map(find_spec, PACKAGES)) and any(insightface_folder().glob("det_*.onnx"))
 
 
 @cache
@@ -149,7 +153,11 @@ def insightface_analysis() -> Any:
     """
     try:
         from insightface.app import FaceAnalysis
-
+    except ImportError as error:
+        raise NestedAttentionError(
+            f"insightface cannot be used ({error}); install it with `pip install {' '.join(PACKAGES)}`, or choose another way to frame the face."
+        ) from error
+    try:
         analysis = FaceAnalysis("buffalo_l", root=str(insightface_folder().parents[1]), allowed_modules=["detection"])
         analysis.prepare(ctx_id=0, det_size=(640, 640))
     except Exception as error:  # the package raises whatever its downloader and onnxruntime raise

@@ -1,5 +1,6 @@
 """Finding faces in real photos that packages ship, without any model to download."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from types import SimpleNamespace
@@ -148,6 +149,19 @@ def test_damaged_models_are_told_and_other_ways_stay(tmp_path) -> None:
     with pytest.raises(NestedAttentionError, match=rf"insightface's models are damaged .* delete {tmp_path}/models/buffalo_l"):
         frame(ASTRONAUT, "person")
     assert frame(ASTRONAUT, "person", "whole").said == SAID["whole"] and find_faces(CHELSEA, "cat")[0].method == "opencv"
+
+
+@pytest.mark.parametrize("package", faces.PACKAGES)
+def test_without_its_package_insightface_is_not_asked(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "insightface.app", raising=False)
+    monkeypatch.delitem(sys.modules, "insightface.app.face_analysis", raising=False)
+    (tmp_path / "models/buffalo_l").mkdir(parents=True)
+    (tmp_path / "models/buffalo_l/det_10g.onnx").touch()
+    assert not faces.insightface_ready()
+    with pytest.raises(NestedAttentionError, match=rf"insightface cannot be used \(.*{package}.*\); install it with `pip install"):
+        faces.insightface_analysis()
+    assert (tmp_path / "models/buffalo_l/det_10g.onnx").exists()
 
 
 def test_a_download_that_fails_leaves_the_way_open_for_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
