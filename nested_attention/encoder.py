@@ -96,18 +96,21 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, P, feature_dim)` -> tokens `(B, N, output_dim)`."""
-        return self.norm_out(self.proj_out(self.trail(features)[1][-1]))
+        return self.tokens(self.trail(features)[1])
 
-    @torch.no_grad()
-    def reading(self, features: Tensor) -> Tensor:
-        """Where each token was read from: attention to patches, mean over layers, `(B, N, P)`, rows sum to 1.
+    def tokens(self, latents: list[Tensor]) -> Tensor:
+        """What comes out of a trail's last latents."""
+        return self.norm_out(self.proj_out(latents[-1]))
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens, and where each was read from: attention to patches, mean over layers, `(B, N, P)`, rows sum to 1.
 
         Attention that the queries pay to each other is left out and the rest is brought back to a sum of 1.
         """
         features, latents = self.trail(features)
         shares = [block.shares(features, before).float() for (block, _), before in zip(self.blocks(), latents[:-1], strict=True)]
         total = torch.stack(shares).sum(0)
-        return total / total.sum(-1, keepdim=True)
+        return self.tokens(latents), total / total.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,9 @@ def encode_image(picture: Image.Image, adapter: Adapter, encoder: PreTrainedMode
         return known
     pixels = image_pixels(square, image).to(encoder.device, encoder.dtype)
     features = image_features(encoder, pixels, image.layer)
-    tokens = adapter.qformer(features)
+    tokens, reading = adapter.qformer.read(features)
     places = isqrt(features.shape[1]) ** 2
-    reading = adapter.qformer.reading(features)[0, :, -places:]  # without a class token, which is no place
+    reading = reading[0, :, -places:]  # without a class token, which is no place
     encoded = EncodedImage(square, reading / reading.sum(-1, keepdim=True), adapter.project(tokens))
     cache.put(key, encoded)
     return encoded

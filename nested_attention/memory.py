@@ -92,7 +92,6 @@ def rungs(device: torch.device) -> tuple[Rung, ...]:
 def free_gigabytes(device: torch.device) -> float:
     """Free memory of a device: of a GPU its own, of MPS what the system grants it, of a CPU the machine's."""
     if device.type == "cuda":
-        # PyTorch keeps what it was once given, for what comes next
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for whatever comes next
         return (torch.cuda.mem_get_info(device)[0] + kept) / 1e9
     if device.type == "mps":

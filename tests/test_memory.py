@@ -193,7 +193,7 @@ def test_after_one_step_down_the_message_says_what_to_do_and_the_pipeline_stays_
 
 def test_a_picture_that_cannot_be_encoded_for_want_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.pipeline("sd")
-    monkeypatch.setattr(pipe.adapters["cat"].qformer, "forward", without_room)
+    monkeypatch.setattr(pipe.adapters["cat"].qformer, "read", without_room)
     with pytest.raises(NestedAttentionError, match="too little memory to encode <cat>; close what else uses it"):
         pipe.encode("cat", tiny.photo(3))
 

@@ -80,8 +80,8 @@ def test_where_tokens_were_read_from_is_a_probability() -> None:
     torch.manual_seed(0)
     qformer = QFormer(QFormerConfig(num_tokens=5, width=32, depth=3, heads=2, head_dim=16, feature_dim=24, output_dim=16))
     features = torch.randn(2, 17, 24)
-    assert qformer(features).shape == (2, 5, 16)
-    reading = qformer.reading(features)
+    tokens, reading = qformer.read(features)
+    assert tokens.shape == (2, 5, 16) and torch.equal(tokens, qformer(features))
     assert reading.shape == (2, 5, 17)
     torch.testing.assert_close(reading.sum(-1), torch.ones(2, 5))
 
