@@ -71,10 +71,11 @@ def adapter_here(adapter: str) -> Path | None:
     if repo != REPO and (Path(adapter).exists() or not is_repo(repo)):
         return Path(adapter)
     with suppress(NestedAttentionError):
-        if repo != REPO:
-            return fetch(repo, revision or None, [CONFIG, WEIGHTS], local=True)
-        made = converted(commit_of(repo, revision or None, local=True))
-        return made if (made / CONFIG).is_file() else None
+        if repo == REPO:
+            folder = converted(commit_of(repo, revision or None, local=True))
+        else:
+            folder = fetch(repo, revision or None, [CONFIG, WEIGHTS], local=True)
+        return folder if all((folder / name).is_file() for name in (CONFIG, WEIGHTS)) else None
     return None
 
 
@@ -87,8 +88,10 @@ def missing_beside(base: Base, adapter: str) -> float:
     config = read_config(folder)
     if on_hub(folder, config.image_encoder):
         with suppress(NestedAttentionError):
-            fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder), local=True)
-            return 0.0
+            files = encoder_files(config.image_subfolder)
+            encoder = fetch(config.image_encoder, config.image_revision, files, local=True) / config.image_subfolder
+            if (encoder / "config.json").is_file() and any(encoder.glob("model*.safetensors")):
+                return 0.0
         return image_encoder
     return 0.0
 
@@ -102,8 +105,8 @@ def missing_gigabytes(base: Base) -> float:
     if base.few_steps is not None:
         missing += base.few_steps.gigabytes
         with suppress(NestedAttentionError):
-            few_steps_folder(base.few_steps, local=True)
-            missing -= base.few_steps.gigabytes
+            if (few_steps_folder(base.few_steps, local=True) / base.few_steps.file).is_file():
+                missing -= base.few_steps.gigabytes
     return missing
 
 

@@ -5,6 +5,7 @@ A repo whose commit is not given, or only by the name of a branch or tag, is res
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ def commit_of(repo: str, revision: str | None = None, local: bool = False) -> st
             raise
         commit = cached
     with replaced(record_file()) as fresh:
+        recorded = recorded_commits()  # again: another process may have recorded one while the Hub was asked
         fresh.write_text(json.dumps(recorded | {name: commit}, indent=1) + "\n")
     return commit
 
@@ -106,8 +108,9 @@ def cached_commit(repo: str, revision: str | None) -> str | None:
 def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequence[str] = (), local: bool = False) -> Path:
     """The files of `repo` that match `patterns` and none of `but`, at the commit that `commit_of` gives, as a local folder.
 
-    What is in the cache is not fetched again; an interrupted download goes on where it stopped. In patterns `*` stands
-    for slashes too. `local`: nothing is fetched, and nobody asked.
+    What is in the cache is not fetched again; of an interrupted download the files that are whole are kept. In patterns
+    `*` stands for slashes too. `local`: nothing is fetched, and nobody asked; of a cache that an older library filled nobody
+    knows which files the repo has, so look whether those that are needed are there.
 
     Raises:
         NestedAttentionError: no such repo or revision, no access, no network, or no room on the disk; with `local`,
@@ -147,11 +150,16 @@ def spoken_errors(repo: str, revision: str = "") -> Iterator[None]:
         raise NestedAttentionError(
             f"{repo} is not in the cache and the Hub cannot be reached; connect once, or copy its folder here."
         ) from error
-    except OSError as error:
-        if error.errno in NO_ROOM:
+    except (OSError, RuntimeError) as error:  # Xet, which carries large files, raises plain ones of the latter
+        if is_full(error):
             raise NestedAttentionError(
                 f"there is no room: {repo} does not fit into {constants.HF_HOME}; free some, or set HF_HOME to another disk."
             ) from error
         raise NestedAttentionError(
-            f"{repo} is not in the cache and the Hub cannot be reached ({error}); connect once, or copy its folder here."
+            f"{repo} cannot be fetched ({error}); try again, which keeps the files that are whole, or copy its folder here."
         ) from error
+
+
+def is_full(error: OSError | RuntimeError) -> bool:
+    """True if the disk had no room. Xet only says it, in the words of the operating system."""
+    return getattr(error, "errno", None) in NO_ROOM or any(os.strerror(number) in str(error) for number in NO_ROOM)

@@ -73,7 +73,8 @@ def base_folder(base: Base, local: bool = False) -> Path:
     `local`: nothing is fetched, and nobody asked.
 
     Raises:
-        NestedAttentionError: it is not there and cannot be fetched, is of another architecture, or has no safetensors.
+        NestedAttentionError: it is not there and cannot be fetched, is of another architecture, or has no safetensors; with `local`,
+            a file is missing.
     """
     folder = Path(base.source)
     if folder.is_absolute():
@@ -83,8 +84,10 @@ def base_folder(base: Base, local: bool = False) -> Path:
     index = fetch(base.source, base.revision, [INDEX], local=local) / INDEX
     of_architecture(base.name, index)  # before gigabytes of something else are fetched
     weights = f".{base.variant}*.safetensors" if base.variant else ".safetensors"
-    wanted = [f"{part}/*{ending}" for part in parts(index) for ending in (".json", ".txt", weights)]
+    wanted = [f"{part}/*{ending}" for part in parts(index) for ending in (".json", ".txt", ".py", weights)]
     folder = fetch(base.source, base.revision, wanted, [] if base.variant else ["*.*.safetensors"], local)  # two dots: a variant
+    if local and (lost := missing_file(folder) or next(iter(without_weights(folder, base.variant)), None)):
+        raise NestedAttentionError(f"{base.source} is not whole in the Hub's cache, {lost} is missing; connect to the Hub to fetch it.")
     if bare := without_weights(folder):  # some repos have nothing but weights in 16 bit
         fetch(base.source, base.revision, [f"{part}/*.{HALF}*.safetensors" for part in bare], local=local)
     if bare := without_weights(folder):
@@ -95,10 +98,11 @@ def base_folder(base: Base, local: bool = False) -> Path:
     return folder
 
 
-def without_weights(folder: Path) -> list[str]:
-    """The parts of a base that are described, but have no safetensors."""
+def without_weights(folder: Path, variant: str | None = None) -> list[str]:
+    """The parts of a base that are described, but have no safetensors, or none of `variant`."""
+    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
     described = [part for part in parts(folder / INDEX) if (folder / part / "config.json").is_file()]
-    return [part for part in described if not any((folder / part).glob("*.safetensors"))]
+    return [part for part in described if not any((folder / part).glob(weights))]
 
 
 def variant_of(base: Base, folder: Path) -> str | None:

@@ -13,11 +13,11 @@ from nested_attention import NestedAttentionError
 from nested_attention.bases import ASSETS, BASES, Base, find_base
 from nested_attention.encoding import ImageEncoders
 from nested_attention.errors import get_back
-from nested_attention.estimate import missing_gigabytes
-from nested_attention.hub import commit_of, fetch, record_file
+from nested_attention.estimate import adapter_here, missing_gigabytes
+from nested_attention.hub import commit_of, fetch, record_file, recorded_commits, spoken_errors
 from nested_attention.loading import base_folder, few_steps_folder, load_base
 from tests import tiny
-from tests.hub_server import HubServer, refused, visit
+from tests.hub_server import Answer, HubServer, refused, visit
 from tests.room import no_file_beyond
 
 REPO = "somebody/something"
@@ -124,6 +124,37 @@ def test_half_a_download_is_not_here(both_widths: dict[str, bytes], hub: HubServ
     assert hub.requests == []
 
 
+def forget_listings() -> None:
+    """Of a cache that an older library filled nobody knows what else the repos have."""
+    for listing in Path(constants.HF_HUB_CACHE).glob("models--*/trees/*.json"):
+        listing.unlink()
+
+
+def test_what_an_older_library_left_is_looked_through(both_widths: dict[str, bytes], hub: HubServer) -> None:
+    lora = replace(BASES["sdxl-lcm"].few_steps, repo="somebody/lora", gigabytes=0.5)  # type: ignore[type-var]
+    hub.publish("somebody/lora", {"README.md": b"", lora.file: b"lora"})
+    base = replace(find_base(REPO), variant="fp16", gigabytes=6.0, few_steps=lora)
+    fetch("somebody/lora", None, ["README.md"])
+    for patterns in (["model_index.json"], ["*.json", "*.txt", "unet/*.fp16.safetensors"], ["*.json", "*model.safetensors"]):
+        fetch(REPO, None, patterns)
+        forget_listings()
+        assert missing_gigabytes(base) == 6.5
+    base_folder(base)
+    forget_listings()
+    assert missing_gigabytes(base) == 0.5
+    few_steps_folder(lora)
+    forget_listings()
+    assert missing_gigabytes(base) == 0
+    hub.publish("me/cat", {"config.json": b"{}", "adapter.safetensors": b"", "README.md": b""})
+    for name in ("README.md", "config.json"):
+        fetch("me/cat", None, [name])
+        forget_listings()
+        assert adapter_here("me/cat") is None
+    folder = fetch("me/cat", None, ["adapter.safetensors"])
+    forget_listings()
+    assert adapter_here("me/cat") == folder
+
+
 @pytest.mark.parametrize("subfolder", ["", "models/image_encoder"])
 def test_of_an_image_encoder_only_what_is_loaded_is_fetched(subfolder: str, hub: HubServer, tmp_path: Path) -> None:
     tiny.vision().save_pretrained(tmp_path / "vision")
@@ -210,6 +241,32 @@ def test_a_download_that_finds_no_room_is_said(hub: HubServer) -> None:
         fetch(REPO, commit, ["*"])
     assert [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.is_file() and path.stat().st_size > 10_000] == []
     assert (fetch(REPO, commit, ["*"]) / "model.safetensors").stat().st_size == 100_000
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Data processing error: I/O error: No space left on device (os error 28)", "no room: .* does not fit into .*; free some, or set"),
+        ("Task error: File reconstruction error", r"cannot be fetched \(Task error: .*\); try again, .* or copy its folder here"),
+    ],
+)
+def test_what_the_storage_of_large_files_raises_is_said(said: str, words: str) -> None:
+    with pytest.raises(NestedAttentionError, match=words), spoken_errors(REPO):
+        raise RuntimeError(said)
+
+
+def test_a_commit_that_is_recorded_meanwhile_stays(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {repo: hub.publish(repo, {"config.json": b"{}"}) for repo in (REPO, "somebody/else")}
+    answer = hub.answer
+
+    def in_the_meantime(method: str, address: str, token: str | None, body: bytes) -> Answer:
+        if address.startswith(f"/api/models/{REPO}"):
+            commit_of("somebody/else")
+        return answer(method, address, token, body)
+
+    monkeypatch.setattr(hub, "answer", in_the_meantime)
+    commit_of(REPO)
+    assert recorded_commits() == commits
 
 
 @pytest.mark.parametrize("text", ["{", "7"])
