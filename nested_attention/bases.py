@@ -124,6 +124,7 @@ UNETS: dict[str, dict] = {  # settings of the U-Nets whose weights may not be he
         "projection_class_embeddings_input_dim": 2816,
     },
 }  # fmt: skip
+PATCHES = ["patches", "PatchAutoencoder"]  # the VAE of Storybook and of what is trained as it was, as `train.export` names it
 ARCHITECTURES = {"StableDiffusionPipeline": BASES["sd15"], "StableDiffusionXLPipeline": BASES["sdxl"]}
 
 
@@ -156,7 +157,8 @@ def of_architecture(name: str, index: Path) -> Base:
         NestedAttentionError: the architecture is another one, such as FLUX or SD3, or the file is missing or damaged.
     """
     try:
-        found = json.loads(index.read_text())["_class_name"]
+        content = json.loads(index.read_text())
+        found = content["_class_name"]
     except FileNotFoundError as error:
         raise NestedAttentionError(f"{name} has no {INDEX}, so it is no diffusers pipeline; choose one that is.") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -166,6 +168,8 @@ def of_architecture(name: str, index: Path) -> Base:
             f"{name} is a {found.removesuffix('Pipeline')} model; adapters here are made for {' and '.join(c.removesuffix('Pipeline') for c in ARCHITECTURES)}. "
             "Choose a model of one of these."
         )
+    if content.get("vae") == PATCHES:
+        return replace(BASES["storybook"], adapters=None)
     return ARCHITECTURES[found]
 
 
@@ -176,4 +180,21 @@ def unet_settings(name: str) -> dict:
 
 def parts(index: Path) -> list[str]:
     """The folders of a base's parts, which `model_index.json` names with the library and class of each."""
-    return [name for name, made_by in json.loads(index.read_text()).items() if isinstance(made_by, list) and made_by[0]]
+    return list(makers(index))
+
+
+def makers(index: Path) -> dict[str, str]:
+    """Part -> the library, or the module of its own, that has its class."""
+    return {name: made_by[0] for name, made_by in json.loads(index.read_text()).items() if isinstance(made_by, list) and made_by[0]}
+
+
+def brought_code(folder: Path) -> list[Path]:
+    """The files of code that parts of a base bring along, which diffusers runs if it may."""
+    files = [folder / part / f"{module}.py" for part, module in makers(folder / INDEX).items()]
+    return [file for file in files if file.is_file()]
+
+
+def of_size(base: Base, side: int) -> Base:
+    """`base` for pictures of `side` pixels, its smallest and largest in proportion."""
+    low, high, multiple = base.sizes
+    return replace(base, size=side, sizes=(low * side // base.size, high * side // base.size, multiple))

@@ -9,9 +9,9 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 
-from nested_attention import released
+from nested_attention import patches, released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import ASSETS, INDEX, Base, FewSteps, find_base, of_architecture, parts
+from nested_attention.bases import INDEX, Base, FewSteps, brought_code, find_base, of_architecture, of_size, parts
 from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged
@@ -19,6 +19,7 @@ from nested_attention.hub import commit_of, fetch
 from nested_attention.memory import spoken_shortage, too_little
 
 HALF = "fp16"  # how diffusers names weight files in 16 bit
+OURS = Path(patches.__file__)  # the only code that a base may bring; Storybook's do, so that diffusers alone loads them
 
 
 def best_device() -> torch.device:
@@ -137,11 +138,13 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     if architecture.pipeline != preset.pipeline:
         own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
         preset = replace(architecture, **own)
+    code = brought_code(folder)
+    if (foreign := next((file for file in code if file.read_bytes() != OURS.read_bytes()), None)) is not None:
+        raise NestedAttentionError(f"the base model {preset.name} brings code of its own, {foreign}, which is not run; choose another one.")
     try:
         stock = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, variant=variant_of(preset, folder), use_safetensors=True,
-            trust_remote_code=ASSETS in folder.parents,  # Storybook's patches.py, which is ours; nobody else's code is run
-        )  # fmt: skip
+            folder, dtype=dtype, variant=variant_of(preset, folder), use_safetensors=True, trust_remote_code=bool(code)
+        )
     except Exception as error:  # nothing narrower: the library tokenizers raises just that
         broken = first_damaged(folder) or folder
         raise NestedAttentionError(f"the base model {preset.name} in {broken} cannot be loaded ({error}); {get_back(broken)}.") from error
@@ -151,6 +154,8 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     if preset.few_steps is not None:
         make_quick(stock, preset.few_steps)
     most = stock.scheduler.config.get("original_inference_steps", preset.most_steps)  # LCM's draws some of so many that it learned
+    side = stock.unet.config.sample_size  # of latents; not every U-Net tells it
+    preset = of_size(preset, side * stock.vae_scale_factor) if isinstance(side, int) else preset
     return replace(preset, most_steps=most), stock
 
 
