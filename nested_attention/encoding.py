@@ -46,10 +46,10 @@ class ImageEncoders:
         Raises:
             NestedAttentionError: it is missing or damaged, or cannot be fetched.
         """
-        source = config.image_encoder, config.image_subfolder, config.image_revision
+        repo, below, revision = source = self._source(config)
         with self._lock:
             if source not in self._loaded:
-                path = self._folder(config)
+                path = Path(repo) if Path(repo).is_absolute() else fetch(repo, revision, encoder_files(below)) / below
                 try:
                     encoder = load_image_encoder(path)
                 except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -58,12 +58,13 @@ class ImageEncoders:
                 self._loaded[source] = encoder.to(self._device, self._dtype).eval().requires_grad_(False)
             return self._loaded[source]
 
-    def _folder(self, config: AdapterConfig) -> Path:
+    def _source(self, config: AdapterConfig) -> tuple[str, str, str | None]:
+        """Repo, folder below it and commit; of a folder on this machine its whole path, since two adapters may call theirs the same."""
         adapter = self._folders[config.kind]
         if on_hub(adapter, config.image_encoder):
-            return fetch(config.image_encoder, config.image_revision, encoder_files(config.image_subfolder)) / config.image_subfolder
+            return config.image_encoder, config.image_subfolder, config.image_revision
         folders = image_encoder_folders(adapter, config)
-        return next((folder for folder in folders if (folder / "config.json").is_file()), folders[0])
+        return str(next((folder for folder in folders if (folder / "config.json").is_file()), folders[0])), "", None
 
 
 def image_encoder_folders(adapter: Path, config: AdapterConfig) -> list[Path]:

@@ -1,6 +1,6 @@
 """Loading base models and adapters, from folders or from the Hub."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,18 +204,35 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
         raise NestedAttentionError(f"there is no folder {adapter} here, and as a repo: {error}") from error
 
 
-def load_adapters(
-    preset: Base, unet: UNet2DConditionModel, adapter: str | Path | None, device: torch.device
-) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
-    """Kind -> folder and kind -> adapter on `device`: the one that `adapter` names, else all that come with the base.
+def folders_by_kind(adapters: Sequence[str | Path], unet: UNet2DConditionModel) -> dict[str, Path]:
+    """Kind -> folder of each of `adapters`.
 
     Raises:
-        NestedAttentionError: one cannot be fetched, is missing or damaged, was made for another base, or finds no room on `device`.
+        NestedAttentionError: as of `adapter_folder`; two are of one kind.
     """
-    if adapter is not None:
+    folders: dict[str, Path] = {}
+    names: dict[str, str | Path] = {}
+    for adapter in adapters:
         folder = adapter_folder(adapter, unet)
-        folders = {read_config(folder).kind: folder}
-    else:
+        kind = read_config(folder).kind
+        if kind in folders:
+            raise NestedAttentionError(f"{names[kind]} and {adapter} are both adapters for {kind!r}; choose one of them.")
+        folders[kind], names[kind] = folder, adapter
+    return folders
+
+
+def load_adapters(
+    preset: Base, unet: UNet2DConditionModel, adapter: str | Path | Sequence[str | Path] | None, device: torch.device
+) -> tuple[Mapping[str, Path], Mapping[str, Adapter]]:
+    """Kind -> folder and kind -> adapter on `device`: the one or the several that `adapter` names, else all that come with the base.
+
+    Raises:
+        NestedAttentionError: one cannot be fetched, is missing or damaged, was made for another base, or finds no room on `device`; two
+            are of one kind.
+    """
+    if adapter is None:
         folders = list_adapters(preset.adapters) if preset.adapters is not None else {}
+    else:
+        folders = folders_by_kind([adapter] if isinstance(adapter, str | Path) else adapter, unet)
     with spoken_shortage(too_little(device, f"hold the adapters for {', '.join(folders)}")):
         return folders, {kind: Adapter.load(folder, unet).to(device) for kind, folder in folders.items()}

@@ -69,18 +69,18 @@ class NestedAttentionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, base: str = "storybook", adapter: str | Path | None = None,
+        cls, base: str = "storybook", adapter: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device | None = None, dtype: torch.dtype | None = None,
     ) -> "NestedAttentionPipeline":  # fmt: skip
-        """Loads a base model by name, with the adapters that come along or the one that `adapter` names.
+        """Loads a base model by name, with the adapters that come along or the one or several that `adapter` names.
 
-        `base`: a preset, a diffusers folder or a Hub repo id. `adapter`: a folder or a Hub repo id. Behind a repo id may
+        `base`: a preset, a diffusers folder or a Hub repo id. `adapter`: a folder or a Hub repo id, or some of different kinds. Behind a repo id may
         stand `@` and a revision; without one its newest commit at the first download is recorded and used from then on.
         `device`: CUDA where there is one, then MPS, then CPU. `dtype`: float16 on a GPU; on a CPU bfloat16 where it
         computes in it, else float32. Where GPU memory is short, parts of the base wait outside; a line says which.
 
         Raises:
-            NestedAttentionError: unknown base, missing or damaged files, or too little memory.
+            NestedAttentionError: unknown base, missing or damaged files, two adapters of one kind, or too little memory.
         """
         target = usable_device(device)
         preset, stock = load_base(base, dtype or best_dtype(target))

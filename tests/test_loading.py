@@ -236,6 +236,45 @@ def test_no_more_steps_are_drawn_than_the_scheduler_takes(stored: Path, tmp_path
         Settings.checked(base, "a cat", steps=51)
 
 
+def test_a_base_that_was_trained_as_storybook_loads_wherever_it_lies(tmp_path: Path) -> None:
+    shutil.copytree(BASES["storybook"].source, folder := tmp_path / "base")
+    base, stock = load_base(str(folder), torch.float32)
+    own = {"name": str(folder), "source": str(folder), "licence": "see its source", "adapters": None}
+    assert base == replace(BASES["storybook"], **own)
+    latents = torch.randn(1, 192, 16, 16)
+    assert torch.equal(stock.vae.decode(latents).sample, patches.PatchAutoencoder().decode(latents).sample)
+
+
+def test_code_that_a_base_brings_is_not_run(tmp_path: Path) -> None:
+    shutil.copytree(BASES["storybook"].source, base := tmp_path / "base")
+    with (base / "vae/patches.py").open("a") as code:
+        code.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(NestedAttentionError, match=r"base brings code of its own, .*vae/patches\.py, which is not run; choose another"):
+        load_base(str(base), torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_has_the_size_of_its_unet(stored: Path) -> None:
+    base, _ = load_base(str(stored), torch.float32)
+    assert (base.size, base.sizes) == (32, (16, 64, 8))
+
+
+def test_adapters_of_different_kinds_and_places_are_loaded_together(tmp_path: Path) -> None:
+    """Each with the image encoder of its own folder, though both call it the same."""
+    stock = tiny.stock("sd")
+    stock.save_pretrained(tmp_path / "base")
+    for kind in ("person", "cat"):
+        tiny.adapter(stock.unet, kind).save(tmp_path / kind)
+        tiny.vision(32 if kind == "cat" else 64).save_pretrained(tmp_path / kind / "vision")
+    folders = [tmp_path / "person", str(tmp_path / "cat")]
+    pipe = NestedAttentionPipeline.from_pretrained(str(tmp_path / "base"), folders, "cpu", torch.float32)
+    assert pipe.kinds == ("person", "cat")
+    assert [pipe.image_encoders.get(one.config).config.image_size for one in pipe.adapters.values()] == [64, 32]
+    shutil.copytree(tmp_path / "cat", tmp_path / "tom")
+    with pytest.raises(NestedAttentionError, match=rf"{tmp_path}/cat and {tmp_path}/tom are both adapters for 'cat'; choose one"):
+        load_adapters(BASES["sd15"], stock.unet, [tmp_path / "cat", tmp_path / "tom"], torch.device("cpu"))
+
+
 @pytest.mark.parametrize("kind", ["cat", "dog"])
 def test_an_adapter_of_a_training_finds_the_image_encoder_of_its_base(kind: str, tmp_path: Path) -> None:
     """Its config says where that is from the folder in which such an adapter comes along with the base, or would."""

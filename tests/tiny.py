@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,8 +147,9 @@ def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
     """A pipeline for persons and cats with random weights."""
     made = stock(architecture)
     base = replace(BASES["sd15"], name="tiny", steps=3, fast_steps=2, guidance_scale=3.0, negative_prompt="", size=32, sizes=(16, 64, 8))
-    pipe = NestedAttentionPipeline(base, made, {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}, {})
-    pipe.image_encoders._loaded["vision", "", None] = vision()
+    adapters = {kind: adapter(made.unet, kind, **changes) for kind in ("person", "cat")}
+    pipe = NestedAttentionPipeline(base, made, adapters, dict.fromkeys(adapters, Path("/tiny")))
+    pipe.image_encoders._loaded["/tiny/vision", "", None] = vision()
     return pipe
 
 
