@@ -140,18 +140,18 @@ def write_folder(run: Run, repo: str, image_encoder: Path | None, out: Path) -> 
     return [*sources, CONFIG, CARD]
 
 
+def published(data: str) -> str:
+    """What the card calls the `--data` of a training: of what lies on this machine the last part of its path."""
+    elsewhere = data.startswith(WEB) or (is_repo(data.partition("@")[0]) and not Path(data).exists())
+    return data if elsewhere else Path(data).name
+
+
 def whereabouts(base: Base) -> str:
     """Where a reader of the card gets the base model."""
     source = Path(base.source)
     if not source.is_absolute():
         return f"[{base.source}](https://huggingface.co/{base.source})"
     return "which comes with the code" if ASSETS in source.parents else "a folder of the one who trained this, which is on no Hub"
-
-
-def published(data: str) -> str:
-    """What the card calls the `--data` of a training: of what lies on this machine the last part of its path."""
-    elsewhere = data.startswith(WEB) or (is_repo(data.partition("@")[0]) and not Path(data).exists())
-    return data if elsewhere else Path(data).name
 
 
 FRAMED = """from nested_attention.faces import frame
