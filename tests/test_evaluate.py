@@ -8,7 +8,7 @@ from PIL import Image
 
 from nested_attention import NestedAttentionError
 from nested_attention.bases import ASSETS
-from train.evaluate import FOUND, FOUND_IN_COLOUR, GALLERY, Case, asked, gallery_identities, made_of, make_case, measure, run
+from train.evaluate import FOUND, FOUND_IN_COLOUR, GALLERY, Case, asked, gallery_identities, made_of, make_case, measure, run, shows
 from train.judge import load_judge
 from train.scores import Score, ScoreFile
 from train.storybook.captions import Caption
@@ -47,8 +47,13 @@ def test_what_is_drawn_is_kept_and_shown(tmp_path: Path) -> None:
     run({"base": 2}, 1, file, tmp_path / "sheets")
     (part,) = ScoreFile(file.path).parts
     assert part["part"] == "base, base" and part["scores"]["kind"].count >= 2
-    with Image.open(tmp_path / "sheets/base-base.jpg") as picture:
+    sheet = tmp_path / "sheets/base-base.jpg"
+    with Image.open(sheet) as picture:
         assert picture.size == (256, 128)
+    source = made_of("base", [make_case("base", index, False) for index in range(2)], None)
+    assert shows(sheet, source) and not shows(sheet, source | {"steps": 5}) and not shows(tmp_path / "sheets/none.jpg", source)
+    Image.new("RGB", (8, 8)).save(sheet)
+    assert not shows(sheet, source)
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:

@@ -156,6 +156,26 @@ def test_settings_that_cannot_be_are_said(tmp_path: Path, changes: dict, words: 
         fit(task(), replace(LOOP, **changes), tmp_path, {})
 
 
+def first_gradient(accumulation: int, folder: Path) -> dict[str, Tensor]:
+    """What is there when all parts of the first batch have been through, by parameter."""
+    made, found = task(), {}
+    made.white = dict  # type: ignore[method-assign]  # would take longest, and is for what comes after the gradient
+    for name, parameter in made.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda learning, name=name: found.update({name: learning.grad.clone()}))
+    fit(made, replace(LOOP, steps=1, batch_size=4, accumulation=accumulation), folder, {})
+    return found
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    whole, parts = (first_gradient(accumulation, tmp_path / str(accumulation)) for accumulation in (1, 2))
+    assert len(whole) > 20 and whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-4, msg=name)
+    logged = [[log(tmp_path / run)[0][key] for key in ("loss", "norm")] for run in ("1", "2")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
 def test_a_model_that_is_divided_is_not_for_muon() -> None:
     with pytest.raises(NestedAttentionError, match="Muon needs whole matrices"):
         check(replace(LOOP, muon_lr=1e-3), processes=2, sharded=True)

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -78,15 +79,25 @@ def test_shards_give_what_the_folder_gives(shaped: Path, tmp_path: Path, monkeyp
     assert_same_photos(open_source(f"{tmp_path}/shards/data-*.tar", "rocket"), folder)
 
 
-def test_a_caption_may_be_json(shaped: Path, tmp_path: Path) -> None:
-    pattern, row = sharded(shaped, tmp_path / "shards", 23), rows_of(shaped)[0]
-    for name, content in (("one.jpg", row["file_name"]), ("one.reference.png", row["reference"])):
-        shutil.copy(shaped / content, tmp_path / name)
-    (tmp_path / "one.json").write_text(json.dumps({"text": row["text"]}))
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"json": '{"text": "<rocket>!"}'},
+        {"json": '{"caption": "<rocket>!"}'},
+        {"json": '{"text": "another", "caption": null}', "txt": "<rocket>!"},
+        {"txt": "\ufeff<rocket>!", "json": "[]"},
+    ],
+)
+def test_a_caption_may_be_json_where_there_is_no_text(shaped: Path, tmp_path: Path, written: dict[str, str]) -> None:
     with tarfile.open(tmp_path / "one.tar", "w") as tar:
-        for name in ("one.jpg", "one.reference.png", "one.json"):
-            tar.add(tmp_path / name, name)
-    assert same(open_source(str(tmp_path / "one.tar"), "rocket")[0], open_source(pattern, "rocket")[0])
+        for end, text in written.items():  # in this order
+            (tmp_path / end).write_text(text)
+            tar.add(tmp_path / end, f"one.{end}")
+        row = rows_of(shaped)[0]
+        for name, content in (("one.jpg", row["file_name"]), ("one.reference.png", row["reference"])):
+            tar.add(shaped / content, name)
+    photo = open_source(str(tmp_path / "one.tar"), "rocket")[0]
+    assert same(photo, replace(FolderSource(shaped, "rocket")[0], text="<rocket>!"))
 
 
 def test_prepare_writes_shards_that_read_back(shaped: Path, tmp_path: Path) -> None:
@@ -158,12 +169,26 @@ def test_a_data_set_may_be_named_at_a_revision(shaped: Path, monkeypatch: pytest
     assert asked == [("somebody/rockets", "v2"), ("somebody/rockets", None)]
 
 
+def test_a_row_without_a_picture_and_a_data_set_by_a_script_are_said(shaped: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.load_from_disk(as_data_set(shaped, tmp_path / "saved")).cast_column("reference", datasets.Image(decode=False))
+    rows = [row | {"reference": None} if number == 2 else row for number, row in enumerate(made)]
+    datasets.Dataset.from_list(rows, features=made.features).save_to_disk(str(tmp_path / "lost"))
+    with pytest.raises(NestedAttentionError, match=r"^the reference in row 2 of .*lost is missing; save the other rows in a folder"):
+        open_source(str(tmp_path / "lost"), "rocket")
+    (script := tmp_path / "scripted").mkdir()
+    for name in ("scripted.py", "rows.parquet"):
+        (script / name).touch()
+    with pytest.raises(NestedAttentionError, match=r"^the data set .*scripted cannot be loaded \(Dataset scripts are no longer supported"):
+        open_source(str(script), "rocket")
+
+
 def test_what_is_no_source_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "cut.tar").write_bytes(b"x" * 2000)
     for data, words in {
         str(tmp_path): f"run `python -m train.prepare {tmp_path} --kind person` and give", "/nowhere/at/all": "shards: data-", f"{tmp_path}/{{0..3}}.tar": "there is no file .*0.tar",
-        f"{tmp_path}/cut.tar": "damaged or compressed", "somebody/photos": "pip install datasets",
+        f"{tmp_path}/cut.tar": "damaged or compressed", "somebody/photos": "^there is no folder somebody/photos here, and as a data set: the package datasets is needed .*; `pip install datasets`",
     }.items():  # fmt: skip
         with pytest.raises(NestedAttentionError, match=words):
             open_source(data, "person")

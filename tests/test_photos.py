@@ -166,6 +166,23 @@ def test_pictures_of_every_suffix_are_used_or_said(tmp_path: Path) -> None:
     assert "What to do: save it again as PNG or JPEG." in (out / "report.md").read_text()
 
 
+def test_names_without_letters_and_every_form_of_utf_8_are_read(tmp_path: Path) -> None:
+    """Windows begins files with a byte order mark, and JSON allows U+2028 in a string."""
+    for name in ("!.jpg", "a.jpg", "\N{GRINNING FACE}.jpg"):
+        shutil.copy(ROCKET, tmp_path / name)
+    (tmp_path / "a.txt").write_text("a rocket at night", encoding="utf-8-sig")
+    rows = [{"file_name": "!.jpg", "text": "the rocket\u2028on a pad"}, {"file_name": "\N{GRINNING FACE}.jpg", "text": "a rocket"}]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    report = prepare(tmp_path, "rocket", tmp_path.with_name("named-ready"))
+    assert [(photo.file_name, photo.text) for photo in report.used] == [
+        ("images/photo.jpg", "<rocket> on a pad"), ("images/a.jpg", "<rocket> at night"), ("images/photo-2.jpg", "<rocket>"),
+    ]  # fmt: skip
+    metadata.write_text('{"file_name": "a.jpg", "text": "la fusée"}', encoding="latin-1")
+    with pytest.raises(NestedAttentionError, match=r"metadata\.jsonl is not in UTF-8 \(.*; save it again in this encoding\."):
+        prepare(tmp_path, "rocket", tmp_path.with_name("named-ready"))
+
+
 def test_without_a_usable_picture_nothing_stays_behind(tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()

@@ -24,7 +24,7 @@ from nested_attention.encoding import ImageEncoders
 from nested_attention.hub import commit_of
 from tests import tiny
 from tests.hub_server import HubServer, visit
-from train.push import CARD, main
+from train.push import CARD, main, published
 
 TOKEN = "hf_ThisTokenMayNeverBeSeenAnywhere"
 FILES = {"README.md", CONFIG, WEIGHTS, "image_encoder/config.json", "image_encoder/model.safetensors"} | {
@@ -235,13 +235,33 @@ def test_faces_are_framed_as_the_card_shows_and_stages_add_up(run: Path, here) -
     assert sorted(path.name for path in (run / "push/grids").iterdir()) == ["000500.png", "001300.png", "001400.png"]
 
 
-def test_a_base_in_a_folder_is_not_said_to_come_with_the_code(run: Path, here, tmp_path: Path) -> None:
+def test_a_base_and_photos_in_folders_are_known_by_their_last_names(run: Path, here, tmp_path: Path) -> None:
     tiny.stock("sd").save_pretrained(tmp_path / "my-base")
     config = json.loads((run / "adapter" / CONFIG).read_text())
     (run / "adapter" / CONFIG).write_text(json.dumps(config | {"base": str(tmp_path / "my-base")}))
+    made = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(made | {"data": str(tmp_path / "anna-prepared")}))
     assert push(here, run, "me/cat", "--dry-run") == ""
     text = (run / "push/README.md").read_text()
-    assert "`my-base`, a folder of the one who trained this" in text and str(tmp_path) not in text and "base_model" not in text
+    assert "`my-base`, a folder of the one who trained this" in text and "base_model" not in text
+    assert "| data | anna-prepared |" in text and read_config(run / "push").base == "my-base"
+    assert not [file for file in (run / "push").rglob("*") if file.is_file() and str(tmp_path).encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("/home/me/photos/anna-prepared/", "anna-prepared"),
+        ("runs/../shards/data-{000000..000012}.tar", "data-{000000..000012}.tar"),
+        ("me/photos", "photos"),
+        ("me/others@v2", "me/others@v2"),
+        ("https://server/data-000000.tar", "https://server/data-000000.tar"),
+    ],
+)
+def test_of_what_lies_here_no_path_is_published(data: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me/photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert published(data) == said
 
 
 def test_only_a_folder_of_an_earlier_push_is_replaced_and_never_by_half_of_one(run: Path, here, tmp_path: Path) -> None:

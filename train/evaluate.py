@@ -6,6 +6,7 @@ every number stands what the judge says of real renders of the same scenes ("ren
 
 import argparse
 import hashlib
+import json
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -207,6 +208,14 @@ def sheet(images: list[np.ndarray], columns: int = 6) -> Image.Image:
     return Image.fromarray(np.concatenate(rows))
 
 
+def shows(picture: Path, source: dict[str, Any]) -> bool:
+    """Whether a sheet is there and says, in its comment, that it was made of just that, see `made_of`."""
+    if not picture.exists():
+        return False
+    with Image.open(picture) as image:
+        return bool(image.info.get("comment") == json.dumps(source).encode())
+
+
 def made_of(suite: str, cases: list[Case], lam: float | None) -> dict[str, Any]:
     """What the scores of these cases depend on, but for the code that draws, judges and counts."""
     personalized, folder = cases[0].personalized, ASSETS / "storybook"
@@ -242,14 +251,14 @@ def run(
                 cases = [make_case(suite, index, mode == "personalized", split) for index in range(count)]
                 part, source = f"{suite}, {mode}", made_of(suite, cases, lam)
                 picture = None if sheets is None else sheets / f"{suite.replace(' ', '')}-{mode}.jpg"
-                scores = file.find(part, source) if picture is None or picture.exists() else None
+                scores = file.find(part, source) if picture is None or shows(picture, source) else None
                 if scores is None:
                     images = list(pool.map(partial(draw_case, lam=lam), cases, chunksize=4))
                     scores = measure(judge, suite, cases, images)
                     file.keep(part, source, scores)
                     if picture is not None:
                         with replaced(picture) as fresh:
-                            sheet(images).save(fresh, format="JPEG", quality=90)
+                            sheet(images).save(fresh, format="JPEG", quality=90, comment=json.dumps(source))
                 report(part, count, scores, base)
                 base = scores
 

@@ -60,11 +60,11 @@ def raw_photos(folder: Path) -> Iterator[RawPhoto]:
             rows[row["file_name"]] = row
     taken: set[str] = set()
     for file in sorted(files | rows.keys()):
-        plain = re.sub(r"[^\w-]+", "-", str(Path(file).with_suffix(""))).strip("-")
+        plain = re.sub(r"[^\w-]+", "-", str(Path(file).with_suffix(""))).strip("-") or "photo"  # nothing is left of a smiley
         name = next(name for k in count(1) if (name := plain if k == 1 else f"{plain}-{k}") not in taken)
         taken.add(name)
         beside = (folder / file).with_suffix(".txt")
-        said = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+        said = beside.read_text(encoding="utf-8-sig", errors="replace") if beside.is_file() else ""
         row = rows.get(file, {})
         yield RawPhoto(file, name, " ".join(row.get("text", said).split()), row.get("box"))
 

@@ -21,8 +21,9 @@ from nested_attention.bases import ASSETS, BASES, Base, find_base
 from nested_attention.encoding import image_encoder_folders
 from nested_attention.errors import NestedAttentionError, spoken_at_exit
 from nested_attention.files import replaced
-from nested_attention.hub import record_file, spoken_errors
+from nested_attention.hub import is_repo, record_file, spoken_errors
 from train.loop import last_logged
+from train.photos.shards import WEB
 
 CARD, IMAGE_ENCODER = "README.md", "image_encoder"
 STORYBOOK = "the Storybook world (`train.storybook`), drawn on the fly: a picture, its caption, and another picture of the same subject"
@@ -83,6 +84,12 @@ class Run:
         return cls(adapter, config, find_base(config.base), parameters, stages)
 
     @property
+    def called(self) -> str:
+        """What others call the base: of one in a folder its last part, since nobody else has a use for the path."""
+        local = self.base.name not in BASES and Path(self.base.source).is_absolute()
+        return Path(self.base.source).name if local else self.base.name
+
+    @property
     def grids(self) -> dict[int, Path]:
         """The first, middle and last of the sample grids, by step, counted through all stages."""
         drawn: dict[int, Path] = {}
@@ -118,7 +125,7 @@ def write_folder(run: Run, repo: str, image_encoder: Path | None, out: Path) -> 
     """
     if out.exists() and not all((out / name).is_file() for name in (CARD, WEIGHTS)):
         raise NestedAttentionError(f"{out} is there and was not written by train.push; remove it, or give another folder with --out.")
-    config, sources = run.config, {WEIGHTS: run.adapter / WEIGHTS}
+    config, sources = replace(run.config, base=run.called), {WEIGHTS: run.adapter / WEIGHTS}
     if image_encoder is not None:
         config = replace(config, image_encoder=IMAGE_ENCODER, image_subfolder="", image_revision=None)
         files = [*image_encoder.glob("*.json"), *image_encoder.glob("*.safetensors")]
@@ -131,6 +138,12 @@ def write_folder(run: Run, repo: str, image_encoder: Path | None, out: Path) -> 
         (fresh / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
         (fresh / CARD).write_text(card(run, repo))
     return [*sources, CONFIG, CARD]
+
+
+def published(data: str) -> str:
+    """What the card calls the `--data` of a training: of what lies on this machine the last part of its path."""
+    elsewhere = data.startswith(WEB) or (is_repo(data.partition("@")[0]) and not Path(data).exists())
+    return data if elsewhere else Path(data).name
 
 
 def whereabouts(base: Base) -> str:
@@ -148,19 +161,17 @@ from nested_attention.images import read_image
 
 def card(run: Run, repo: str) -> str:
     """The model card. It says nothing that changes from one call to the next, so that a second push sends nothing."""
-    config, base, kind, last = run.config, run.base, run.config.kind, run.stages[-1]
-    local = Path(base.source).is_absolute()
-    called = Path(base.source).name if local and base.name not in BASES else base.name  # nobody else has a use for the path
+    config, base, called, kind, last = run.config, run.base, run.called, run.config.kind, run.stages[-1]
     header = ModelCardData(
         license=config.licence.lower(), library_name="nested-attention", pipeline_tag="text-to-image",
-        base_model=None if local else base.source,  # the Hub accepts repo ids only
+        base_model=None if Path(base.source).is_absolute() else base.source,  # the Hub accepts repo ids only
         tags=["nested-attention", "personalization", "adapter", called, kind],
     )  # fmt: skip
     face, steps = config.framing == "face", [stage.steps for stage in run.stages]
     picture = f'frame(read_image("picture.png"), "{kind}").image' if face else '"picture.png"'
     facts = {
         "base model": f"`{called}`, {whereabouts(base)}",
-        "data": last.data or (STORYBOOK if config.base == "storybook" else "not recorded"),
+        "data": published(last.data) if last.data else (STORYBOOK if config.base == "storybook" else "not recorded"),
         "steps": f"{sum(steps):,}" + (f" ({' + '.join(f'{count:,}' for count in steps)})" if len(steps) > 1 else ""),
         "batch size": " and ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in run.stages)),
         "hours": f"{sum(stage.hours for stage in run.stages):g}",

@@ -37,9 +37,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects in a file of JSON lines, each with how messages call its line.
 
     Raises:
-        NestedAttentionError: a line is no JSON object.
+        NestedAttentionError: a line is no JSON object, or the file is not in UTF-8.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would cut strings, in which JSON allows U+2028
+    except UnicodeDecodeError as error:
+        raise NestedAttentionError(f"{path} is not in UTF-8 ({error}); save it again in this encoding.") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

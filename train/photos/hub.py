@@ -9,6 +9,7 @@ from train.photos.sample import PhotoSample, checked_caption, read_stored, uprig
 
 PICTURES = ["image", "reference"]
 COLUMNS = [*PICTURES, "text"]
+WITHOUT = "save the other rows in a folder (`select` and `save_to_disk` of the package datasets) and name that folder with --data"
 
 
 def is_dataset(folder: Path) -> bool:
@@ -26,8 +27,8 @@ class HubSource:
     `name`: `user/name` or `user/name@revision` on the Hub, or a folder.
 
     Raises:
-        NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, a column is missing, or a text
-            does not name the kind.
+        NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, a column or a picture is missing, or
+            a text does not name the kind.
     """
 
     def __init__(self, name: str, kind: str):
@@ -58,8 +59,8 @@ class HubSource:
 
     def __getitem__(self, index: int) -> PhotoSample:
         row, name = self.rows[index], called(index, self.name)
-        without = "save the other rows in a folder (`select` and `save_to_disk` of the package datasets) and name that folder with --data"
-        image, reference = (read_stored(content(row[part]), f"the {part} in {name}", without) for part in PICTURES)
+        pictures = {part: f"the {part} in {name}" for part in PICTURES}
+        image, reference = (read_stored(content(row[part], said), said, WITHOUT) for part, said in pictures.items())
         return PhotoSample(image, reference, self.captions[index], str(index))
 
 
@@ -69,11 +70,12 @@ def loaded(name: str) -> Any:
     Raises:
         NestedAttentionError: `datasets` is not installed, the data set cannot be loaded, or it lacks a column.
     """
+    meant = "" if Path(name).is_dir() else f"there is no folder {name} here, and as a data set: "
     try:
         from datasets import Image, load_dataset, load_from_disk
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise NestedAttentionError(f"the package datasets is needed to read {name}; `pip install datasets`.") from error
+        raise NestedAttentionError(f"{meant}the package datasets is needed to read {name}; `pip install datasets`.") from error
     try:
         if saved_to_disk(Path(name)):
             found = load_from_disk(name)
@@ -82,9 +84,9 @@ def loaded(name: str) -> Any:
         else:
             repo, _, revision = name.partition("@")
             found = load_dataset(repo, revision=revision or None)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # the last one of data sets that are made by a script
         raise NestedAttentionError(
-            f"the data set {name} cannot be loaded ({error}); check the name, log in with `hf auth login` if it is private, "
+            f"{meant}the data set {name} cannot be loaded ({error}); check the name, log in with `hf auth login` if it is private, "
             "and connect once so that it can be fetched."
         ) from error
     if isinstance(found, dict) and "train" not in found:
@@ -106,14 +108,21 @@ def loaded(name: str) -> Any:
 
 def measured(image: dict[str, Any], reference: dict[str, Any], index: int, name: str) -> dict[str, int]:
     """What has to be known of a row before its turn comes."""
-    height, width = upright_size(io.BytesIO(content(image)), called(index, name))
-    return {"height": height, "width": width, "reference_bytes": len(content(reference))}
+    row = called(index, name)
+    height, width = upright_size(io.BytesIO(content(image, f"the image in {row}")), row)
+    return {"height": height, "width": width, "reference_bytes": len(content(reference, f"the reference in {row}"))}
 
 
 def called(index: int, name: str) -> str:
     return f"row {index} of {name}"
 
 
-def content(stored: dict[str, Any]) -> bytes:
-    """The bytes of a picture that `datasets` has not decoded: it gives them, or the path of a file."""
+def content(stored: dict[str, Any] | None, name: str) -> bytes:
+    """The bytes of a picture that `datasets` has not decoded: it gives them, or the path of a file.
+
+    Raises:
+        NestedAttentionError: the row has no such picture; `name` is how the message calls it.
+    """
+    if stored is None:
+        raise NestedAttentionError(f"{name} is missing; {WITHOUT}.")
     return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()

@@ -1,4 +1,5 @@
-"""Photos in tar files as WebDataset has them: `KEY.jpg`, `KEY.reference.png`, and `KEY.txt` or `KEY.json` with "text".
+"""Photos in tar files as WebDataset has them: `KEY.jpg`, `KEY.reference.png`, and `KEY.txt`, or in its place `KEY.json` with
+"text" or "caption".
 
 Every shard is read through once. What lies where is kept in an index, so that any photo can be read by its number.
 """
@@ -22,7 +23,7 @@ from train.photos.sample import PhotoSample, checked_caption, read_stored, uprig
 PARTS = {  # how a name goes on after its key -> what is in the file
     **dict.fromkeys(("jpg", "jpeg", "png"), "image"),
     **{f"reference.{end}": "reference" for end in ("png", "jpg", "jpeg")},
-    **dict.fromkeys(("txt", "json"), "caption"),
+    "txt": "text", "json": "about",
 }  # fmt: skip
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 WEB = ("http://", "https://")
@@ -133,15 +134,15 @@ def scanned(place: Place) -> list[Stored]:
                 key, part = str(path)[: -len(end) - 1], PARTS[end.lower()]
                 photo, content = found.setdefault(key, {}), tar.extractfile(member)
                 assert content
-                if part == "caption":
-                    photo["caption"] = text_of(content.read(), end.lower() == "json", f"{key} in {place.name}")
-                else:
-                    photo[part] = member.offset_data, member.size
+                photo[part] = content.read() if part in ("text", "about") else (member.offset_data, member.size)
                 if part == "image":
                     photo["size"] = upright_size(content, f"{key} in {place.name}")
     except tarfile.TarError as error:
         raise NestedAttentionError(f"{place.name} is damaged or compressed ({error}); write it again as a plain tar file.") from error
     for key, photo in found.items():
+        text, about = photo.pop("text", None), photo.pop("about", None)
+        if text is not None or about is not None:
+            photo["caption"] = caption_in(text, about, f"{key} in {place.name}")
         if missing := {"image", "reference", "caption"} - photo.keys():
             raise NestedAttentionError(
                 f"{key} in {place.name} has no {' and no '.join(sorted(missing))}; a photo is stored as KEY.jpg, KEY.reference.png and KEY.txt."
@@ -149,16 +150,21 @@ def scanned(place: Place) -> list[Stored]:
     return [Stored(key, **photo) for key, photo in found.items()]
 
 
-def text_of(content: bytes, as_json: bool, name: str) -> str:
-    """The caption in a file of a shard; `name` is how the message calls its owner.
+def caption_in(text: bytes | None, about: bytes | None, name: str) -> str:
+    """The caption in a photo's text file or, where it has none, in its JSON file `about`: img2dataset, for one, writes both.
+
+    `name` is how the message calls their owner.
 
     Raises:
-        NestedAttentionError: it is none.
+        NestedAttentionError: there is none.
     """
     try:
-        return str(json.loads(content)["text"]) if as_json else content.decode()
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise NestedAttentionError(f'the caption of {name} is not text, or JSON with "text"; write it again.') from error
+        if text is not None:
+            return text.decode("utf-8-sig")
+        told = json.loads(about or b"")
+        return str(told["text"] if "text" in told else told["caption"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise NestedAttentionError(f'the caption of {name} is not text, or JSON with "text" or "caption"; write it again.') from error
 
 
 def write_shards(prepared: Path, photos: Sequence[PreparedPhoto], out: Path, each: int) -> None:
