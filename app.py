@@ -35,7 +35,7 @@ def launch(studio: Studio, port: int | None, share: bool = False) -> None:
         NestedAttentionError: the port is taken, or the examples are damaged.
     """
     page = build_app(studio)
-    page.queue(max_size=20, default_concurrency_limit=2)
+    page.queue(max_size=20, default_concurrency_limit=2)  # what draws nothing is `queue=False`: 20 who wait keep nobody from the page
     try:
         page.launch(
             theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=port, share=share, max_file_size="40mb",

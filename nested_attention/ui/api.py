@@ -88,4 +88,4 @@ def build_api(studio: Studio) -> None:
             api_name="generate",
             concurrency_id="pipeline",
         )
-        gr.Button().click(explain, [placeholder, picture, x, y], shares, api_name="explain")
+        gr.Button().click(explain, [placeholder, picture, x, y], shares, api_name="explain", queue=False)

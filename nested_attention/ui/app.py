@@ -90,16 +90,16 @@ def build_app(studio: Studio) -> gr.Blocks:
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         cancel.click(
-            handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
+            handlers.cancelled, status, [gallery, status], cancels=[running, compared], queue=False,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")
+        offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
         for panel in slots.panels:
-            panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")
+            panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, queue=False, api_visibility="private")
         page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
-        restored = dropped.upload(handlers.restore, dropped, page_values, api_visibility="private")
-        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], api_visibility="private")
-        chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, api_visibility="private")
+        restored = dropped.upload(handlers.restore, dropped, page_values, queue=False, api_visibility="private")
+        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], queue=False, api_visibility="private")
+        chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, queue=False, api_visibility="private")
         kinds = [panel.kind for panel in slots.panels]
         adapted = [slots.no_adapter, *kinds, *(panel.framing for panel in slots.panels), *controls.adapted]
         loaded = models.load.click(
@@ -107,9 +107,9 @@ def build_app(studio: Studio) -> gr.Blocks:
             concurrency_id="pipeline", api_visibility="private",
         )  # fmt: skip
         for drawn in (running.success, picked.then, loaded.then):
-            drawn(handlers.look_inside, None, inside.all, api_visibility="private")
+            drawn(handlers.look_inside, None, inside.all, queue=False, api_visibility="private")
         for filled in (restored, picked, chosen, loaded):
-            filled.then(slots.redraw, slots.inputs, slots.drawn, api_visibility="private")
+            filled.then(slots.redraw, slots.inputs, slots.drawn, queue=False, api_visibility="private")
         build_api(studio)
         page.unload(handlers.close)
     return page

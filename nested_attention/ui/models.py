@@ -51,7 +51,10 @@ def build_models(studio: Studio) -> ModelPanel:
     fetch.click(fetch_faces, None, [faces, fetch], api_visibility="private")
     panel = ModelPanel(base, adapter, about, load, note)
     choices = [base, adapter]
-    gr.on([base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], api_visibility="private")
+    gr.on(
+        [base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], queue=False,
+        api_visibility="private",
+    )  # fmt: skip
     return panel
 
 

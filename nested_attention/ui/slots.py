@@ -259,16 +259,16 @@ def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
 
     names = gr.Markdown(named, render=False, elem_classes="notice", elem_id="names")
     slots = Slots(panels, gr.State(shown), names, no_adapter, redraw)
-    slots.opened.change(shown_groups, slots.opened, [*(panel.group for panel in panels), more], api_visibility="private")
-    more.click(one_more, slots.opened, slots.opened, api_visibility="private")
+    slots.opened.change(shown_groups, slots.opened, [*(panel.group for panel in panels), more], queue=False, api_visibility="private")
+    more.click(one_more, slots.opened, slots.opened, queue=False, api_visibility="private")
     for number, panel in enumerate(panels):
         changes = [panel.files.change, panel.kind.change, panel.framing.change, *(side.release for side in panel.sides)]
-        gr.on(changes, looked, panel.inputs, panel.drawn, api_visibility="private")
-        panel.kind.input(reframed, panel.kind, panel.framing, api_visibility="private")
-        gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, api_visibility="private")
+        gr.on(changes, looked, panel.inputs, panel.drawn, queue=False, api_visibility="private")
+        panel.kind.input(reframed, panel.kind, panel.framing, queue=False, api_visibility="private")
+        gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, queue=False, api_visibility="private")
         panel.remove.click(
-            removed, [gr.State(number), panel.kind, slots.opened], [*panel.inputs, slots.opened], api_visibility="private"
-        ).then(redraw, slots.inputs, slots.drawn, api_visibility="private")
+            removed, [gr.State(number), panel.kind, slots.opened], [*panel.inputs, slots.opened], queue=False, api_visibility="private"
+        ).then(redraw, slots.inputs, slots.drawn, queue=False, api_visibility="private")
     return slots
 
 
