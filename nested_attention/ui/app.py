@@ -6,7 +6,7 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
 from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_one
+from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_missing, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
@@ -93,7 +93,7 @@ def build_app(studio: Studio) -> gr.Blocks:
             handlers.cancelled, status, [gallery, status], cancels=[running, compared], queue=False,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
+        offer.click(insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
         for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, queue=False, api_visibility="private")
         page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
