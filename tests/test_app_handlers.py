@@ -104,6 +104,13 @@ def test_other_models_keep_the_kinds_they_know(pipe: NestedAttentionPipeline) ->
     assert [update.value for update in updates[:4]] == ["cat", "person", "person", "person"]
 
 
+def test_another_model_brings_its_steps_and_what_is_said_of_them() -> None:
+    pipe = tiny.pipeline("sdxl")
+    *_, steps, guidance, negative, lam = model_updates(pipe)
+    assert [steps.value, guidance, negative, lam] == knob_defaults(pipe)
+    assert f"{pipe.base.fast_steps} gives a quick look" in steps.info
+
+
 def test_the_adapter_that_the_app_started_with_is_shown_and_not_loaded_again(pipe: NestedAttentionPipeline) -> None:
     studio = Studio(pipe, "somebody/adapter")
     parts = {getattr(part, "elem_id", None): part for part in build_app(studio).blocks.values()}

@@ -4,7 +4,7 @@ import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
-from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
+from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_updates
 from nested_attention.ui.examples import load_examples
 from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_missing, insert_one
 from nested_attention.ui.inside import build_inside
@@ -107,7 +107,7 @@ def build_app(studio: Studio) -> gr.Blocks:
             concurrency_id="pipeline", api_visibility="private",
         )  # fmt: skip
         for drawn in (running.success, picked.then, loaded.then):
-            drawn(handlers.look_inside, None, inside.all, queue=False, api_visibility="private")
+            drawn(handlers.look_inside, None, [*inside.all, slider], queue=False, api_visibility="private")
         for filled in (restored, picked, chosen, loaded):
             filled.then(slots.redraw, slots.inputs, slots.drawn, queue=False, api_visibility="private")
         build_api(studio)
@@ -123,5 +123,5 @@ def model_updates(pipe: NestedAttentionPipeline, *before: str | None) -> list:
     kinds = [kind if kind in pipe.kinds else next(iter(pipe.kinds), None) for kind in before]
     return [
         gr.Markdown(visible=not pipe.kinds), *(gr.Dropdown(list(pipe.kinds), value=kind) for kind in kinds),
-        *(gr.Dropdown(framings(kind or "", 1), value=framing_of(pipe, kind or "")) for kind in kinds), *knob_defaults(pipe),
+        *(gr.Dropdown(framings(kind or "", 1), value=framing_of(pipe, kind or "")) for kind in kinds), *knob_updates(pipe),
     ]  # fmt: skip

@@ -108,8 +108,10 @@ class Handlers:
         return self._unfinished(session), "Cancelled." if stopped else gr.skip()
 
     def look_inside(self, request: gr.Request) -> list:
-        """Values for all of "Look inside"."""
-        return reset(self.studio, str(request.session_hash))
+        """Values for all of "Look inside", and for the slider, which goes with the pictures that it compares."""
+        session = self._session(request)
+        compared = session.result is not None and session.compared == session.result.files
+        return [*reset(self.studio, str(request.session_hash)), gr.skip() if compared else None]
 
     def _compare(self, request: gr.Request) -> Iterator[tuple]:
         """Yields values for the slider, without and with the subjects, and status.
@@ -129,6 +131,7 @@ class Handlers:
                         yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
                 else:
                     session.end(run)
+                    session.compared = result.files
                     yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
         except Exception as error:
             session.end(run)
