@@ -89,8 +89,8 @@ def build_app(studio: Studio) -> gr.Blocks:
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
-        cancel.click(
-            handlers.cancelled, status, [gallery, status], cancels=[running, compared], queue=False,
+        cancel.click(  # not around the queue: its answer takes the line of the steps, behind those that are on their way
+            handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         offer.click(insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
@@ -109,7 +109,7 @@ def build_app(studio: Studio) -> gr.Blocks:
         for drawn in (running.success, picked.then, loaded.then):
             drawn(handlers.look_inside, None, [*inside.all, slider], queue=False, api_visibility="private")
         for filled in (restored, picked, chosen, loaded):
-            filled.then(slots.redraw, slots.inputs, slots.drawn, queue=False, api_visibility="private")
+            slots.follow(filled)
         build_api(studio)
         page.unload(handlers.close)
     return page
