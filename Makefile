@@ -1,5 +1,5 @@
 # Everything sets itself up on a fresh machine: `make app`, `make test`.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.12),python3.11)
 BIN := .venv/bin
 
 .PHONY: app test check clean
@@ -15,8 +15,9 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What is left of one that failed would count as made.
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/app: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -r requirements.txt

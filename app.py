@@ -15,12 +15,19 @@ from nested_attention.ui.examples import FOLDER
 from nested_attention.ui.studio import Studio
 
 
+def port_number(text: str) -> int:
+    """What reads a port from the command line, as argparse's error says."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; name one from 1 to 65535, or none for the next free one")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="storybook", help="which base model to load")
     parser.add_argument("--adapter", help="a folder or repo id; those that come with the base if not given")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is if not given")
-    parser.add_argument("--port", type=int, help="7860 or the next free one if not given")
+    parser.add_argument("--port", type=port_number, help="7860 or the next free one if not given")
     parser.add_argument("--share", action="store_true", help="also make a public link")
     options = parser.parse_args()
     with spoken_at_exit():
@@ -35,7 +42,7 @@ def launch(studio: Studio, port: int | None, share: bool = False) -> None:
         NestedAttentionError: the port is taken, or the examples are damaged.
     """
     page = build_app(studio)
-    page.queue(max_size=20, default_concurrency_limit=2)
+    page.queue(max_size=20, default_concurrency_limit=2)  # what draws nothing is `queue=False`: 20 who wait keep nobody from the page
     try:
         page.launch(
             theme=gr.themes.Soft(primary_hue="indigo"), css=CSS, server_port=port, share=share, max_file_size="40mb",

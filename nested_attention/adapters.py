@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nested_attention.attention import ValueNorm
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
 from nested_attention.errors import NestedAttentionError, get_back
-from nested_attention.files import replaced
+from nested_attention.files import is_there, replaced
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 Framing = Literal["whole", "face"]
@@ -160,10 +160,10 @@ def read_config(folder: Path) -> AdapterConfig:
         NestedAttentionError: it is missing, damaged, or of something else.
     """
     path = folder / CONFIG
+    if not is_there(path):
+        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; name the folder or repo of one.")
     try:
         return AdapterConfig.from_dict(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NestedAttentionError(f"{path} is missing, so {folder} is not an adapter; name the folder or repo of one.") from error
     except (TypeError, KeyError) as error:
         raise NestedAttentionError(f"{path} is not the config of an adapter ({error}); name the folder or repo of one.") from error
     except (ValueError, OSError) as error:

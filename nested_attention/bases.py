@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_attention.errors import NestedAttentionError
+from nested_attention.files import is_there
 from nested_attention.hub import is_repo
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -139,11 +140,11 @@ def find_base(name: str) -> Base:
     if name in BASES:
         return BASES[name]
     index = Path(name) / INDEX
-    if index.is_file():
+    if is_there(index):
         folder = str(Path(name).resolve())
         return replace(of_architecture(name, index), name=name, source=folder, revision=None, variant=None, licence="see its source")
     repo, _, revision = name.partition("@")
-    if is_repo(repo) and not Path(name).exists():
+    if is_repo(repo) and not is_there(name):
         return replace(BASES["sdxl"], name=name, source=repo, revision=revision or None, variant=None, licence="see its page on the Hub")
     raise NestedAttentionError(
         f"there is no base model called {name!r}; known are {', '.join(BASES)}, or give a diffusers folder or a Hub repo id."

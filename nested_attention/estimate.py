@@ -12,6 +12,7 @@ from nested_attention.adapters import CONFIG, WEIGHTS, read_config
 from nested_attention.bases import Base
 from nested_attention.encoding import encoder_files, on_hub
 from nested_attention.errors import NestedAttentionError
+from nested_attention.files import is_there
 from nested_attention.hub import commit_of, fetch, is_repo
 from nested_attention.loading import base_folder, best_dtype, few_steps_folder
 from nested_attention.memory import LADDER, choose, free_gigabytes, needed
@@ -68,7 +69,7 @@ def estimate(base: Base, device: torch.device, adapter: str | None = None) -> Es
 def adapter_here(adapter: str) -> Path | None:
     """The folder that `loading.adapter_folder` gives; None if it would have to be fetched. Nobody is asked."""
     repo, _, revision = adapter.partition("@")
-    if repo != REPO and (Path(adapter).exists() or not is_repo(repo)):
+    if repo != REPO and (is_there(adapter) or not is_repo(repo)):
         return Path(adapter)
     with suppress(NestedAttentionError):
         if repo == REPO:

@@ -12,6 +12,11 @@ from safetensors import SafetensorError, safe_open
 from nested_attention.errors import NestedAttentionError
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file or folder. What is too long to be a name is not, where `Path.exists` raises an error."""
+    return os.path.exists(path)
+
+
 def remove(path: Path) -> None:
     """Takes away a file or a folder, if it is there."""
     if path.is_dir():

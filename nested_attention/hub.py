@@ -26,7 +26,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from nested_attention.errors import NestedAttentionError
-from nested_attention.files import replaced
+from nested_attention.files import is_there, replaced
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NO_ROOM = ENOSPC, EDQUOT, EFBIG  # the disk is full, one's share of it is, the file system takes no file of this size
@@ -102,7 +102,7 @@ def cached_commit(repo: str, revision: str | None) -> str | None:
     """The commit of a branch or tag that any program last fetched into the Hub's cache; None if none did."""
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     ref = folder / "refs" / (revision or constants.DEFAULT_REVISION)
-    return ref.read_text().strip() if ref.is_file() else None
+    return ref.read_text().strip() if is_there(ref) else None
 
 
 def fetch(repo: str, revision: str | None, patterns: Sequence[str], but: Sequence[str] = (), local: bool = False) -> Path:

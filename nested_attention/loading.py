@@ -14,8 +14,8 @@ from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, r
 from nested_attention.bases import INDEX, Base, FewSteps, brought_code, find_base, of_architecture, of_size, parts
 from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
-from nested_attention.files import first_damaged
-from nested_attention.hub import commit_of, fetch
+from nested_attention.files import first_damaged, is_there
+from nested_attention.hub import commit_of, fetch, is_repo
 from nested_attention.memory import spoken_shortage, too_little
 
 HALF = "fp16"  # how diffusers names weight files in 16 bit
@@ -196,7 +196,7 @@ def adapter_folder(adapter: str | Path, unet: UNet2DConditionModel) -> Path:
             )
         commit = commit_of(repo, revision or None)
         return released.import_released(unet, released.converted(commit), revision=commit)
-    if Path(adapter).exists() or repo.count("/") != 1:
+    if is_there(adapter) or not is_repo(repo):
         return Path(adapter)
     try:
         return fetch(repo, revision or None, [CONFIG, WEIGHTS, *encoder_files("image_encoder")])

@@ -50,6 +50,12 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def cut_off(page: Page) -> list[bool]:
+    """Of each slider that is shown in a slot, whether it ends beyond its block, where nobody can reach its thumb."""
+    beyond = "one => one.getBoundingClientRect().right > one.closest('.block').getBoundingClientRect().right"
+    return [slider.evaluate(beyond) for slider in page.locator(".slot input[type=range]").all() if slider.is_visible()]
+
+
 def pictures(page: Page) -> list[str | None]:
     return [image.get_attribute("src") for image in page.locator("#gallery img").all()]
 
@@ -90,6 +96,14 @@ def test_endpoints_encode_generate_explain(url: str, photo: str) -> None:
     direct = tiny.pipeline("sd")
     expected = direct("<ada> on the beach", [direct.encode("person", photo, "<ada>")], num_images=2, steps=3, guidance_scale=3.0, seed=5)
     assert np.array_equal(np.asarray(Image.open(files[0])), np.asarray(expected.images[0]))
+
+
+def test_clients_may_leave_out_what_the_page_knows(url: str, photo: str) -> None:
+    client = Client(url, verbose=False)
+    assert client.predict("person", [handle_file(photo)], api_name="/encode")["placeholder"] == "<person>"
+    files, parameters = client.predict("<person> on the beach", api_name="/generate")
+    base = tiny.pipeline("sd").base
+    assert len(files) == 1 and (parameters["negative_prompt"], parameters["steps"]) == (base.negative_prompt, base.steps)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +150,7 @@ def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:
 
 def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
     """Draws the first example, looks inside, clicks into the map, compares, picks another, takes a ready-made prompt, empties the slots,
-    uploads, forgets the placeholder, is helped, asks for a new seed, cancels, drops a picture back."""
+    uploads, crops, forgets the placeholder, is helped, asks for a new seed, cancels, drops a picture back."""
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 900})
         page.goto(url)
@@ -177,6 +191,10 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.wait_for_function("document.querySelector('#insert-0').innerText.includes('Add a picture')")
         page.set_input_files("#files-0 input[type=file]", photo)
         page.wait_for_function("document.querySelector('#insert-0').innerText.includes('<cat>')")
+        page.click("#framing-0 input")
+        page.click("[role=option] >> text=own crop")
+        page.wait_for_selector("text=Right %")
+        assert cut_off(page) == [False] * 5  # the strength's and the four sides'
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.fill("#prompt textarea", "in the snow")
         page.click("#generate")

@@ -66,6 +66,12 @@ def test_the_first_press_on_a_fresh_page_draws_the_first_example(handlers: Handl
     assert parts["prompt"].value and "<" not in parts["prompt"].value and parts["insert-0"].value == EMPTY
 
 
+def test_a_full_queue_keeps_nobody_from_filling_in_the_page(pipe: NestedAttentionPipeline) -> None:
+    waiting = {event.name for event in build_app(Studio(pipe)).fns.values() if event.fn and event.queue}
+    waiting.remove("close")  # which gradio calls itself
+    assert waiting == {"_compare", "_generate", "cancelled", "encode", "fetch_faces", "generate", "load"}
+
+
 def test_a_bad_upload_is_said_in_its_slot(pipe: NestedAttentionPipeline, photos: list[str], tmp_path: Path) -> None:
     (bad := tmp_path / "notes.png").write_text("no picture")
     seen, note, *_ = look(pipe, Slot("person", (photos[0], str(bad))))
@@ -97,6 +103,13 @@ def test_as_many_faces_are_offered_as_there_are(pipe: NestedAttentionPipeline, p
 def test_other_models_keep_the_kinds_they_know(pipe: NestedAttentionPipeline) -> None:
     _, *updates = model_updates(pipe, "cat", "vehicle", None, "person")
     assert [update.value for update in updates[:4]] == ["cat", "person", "person", "person"]
+
+
+def test_another_model_brings_its_steps_and_what_is_said_of_them() -> None:
+    pipe = tiny.pipeline("sdxl")
+    *_, steps, guidance, negative, lam = model_updates(pipe)
+    assert [steps.value, guidance, negative, lam] == knob_defaults(pipe)
+    assert f"{pipe.base.fast_steps} gives a quick look" in steps.info
 
 
 def test_the_adapter_that_the_app_started_with_is_shown_and_not_loaded_again(pipe: NestedAttentionPipeline) -> None:

@@ -115,6 +115,10 @@ def test_with_and_without_the_subject(handlers: Handlers, photos: list[str]) -> 
     assert np.array_equal(subjects, enlarged(made.generation.images[0]))
     assert np.abs(np.asarray(ordinary, float) - np.asarray(enlarged(expected), float)).max() <= 2
     assert not np.array_equal(ordinary, subjects)
+    *_, refused = handlers.generate(ANYBODY, *values(prompt=" "))
+    assert "prompt is empty" in refused[2] and handlers.look_inside(ANYBODY)[-1] == gr.skip()  # still of these pictures
+    handlers.pick(SimpleNamespace(index=0), ANYBODY)
+    assert handlers.look_inside(ANYBODY)[-1] is None
 
 
 @pytest.mark.parametrize(("steps", "parts"), [(1, 1), (2, 2), (3, 3)])

@@ -23,6 +23,8 @@ from nested_attention.ui.examples import load_examples
 from tests import tiny
 from tests.hub_server import HubServer, visit
 
+TOO_LONG = "x" * 5000  # for the name of a file
+
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_any_diffusers_folder_of_a_known_architecture_loads(architecture: str, tmp_path: Path) -> None:
@@ -89,6 +91,8 @@ def test_a_base_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     ("adapter", "words"),
     [
         ("file", r"file/config\.json is missing, so .*file is not an adapter"),
+        (TOO_LONG, r"config\.json is missing, so x+ is not an adapter"),
+        (f"me/{TOO_LONG}", r"config\.json is missing, so me/x+ is not an adapter"),
         ("runs/adapter-persn", r"there is no folder runs/adapter-persn here, and as a repo: .* the Hub cannot be reached"),
     ],
 )

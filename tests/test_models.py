@@ -59,6 +59,15 @@ def test_what_cannot_be_chosen_is_said(studio: Studio) -> None:
     assert described(studio, "flux", OWN)[1].startswith("⚠️ there is no base model called 'flux'")
     said, problem = described(studio, "storybook", "runs/adapter-dog/adapter")
     assert said == "" and problem.startswith("⚠️ runs/adapter-dog/adapter/config.json is missing")
+    long = "x" * 5000
+    assert described(studio, long, OWN)[1].startswith("⚠️ there is no base model called 'xxx")
+    assert all("is not an adapter" in described(studio, "storybook", adapter)[1] for adapter in (long, f"me/{long}"))
+    assert described(studio, f"me/base@{long}", f"me/cat@{long}")[1] == ""  # only the Hub knows
+
+
+def test_spaces_around_a_name_are_no_part_of_it(studio: Studio) -> None:
+    assert described(studio, " storybook ", "me/cat\n") == described(studio, "storybook", "me/cat")
+    assert "there is no base model called ''" in described(studio, None, OWN)[1]  # the field is empty
 
 
 def test_costs_in_words(studio: Studio) -> None:

@@ -70,8 +70,8 @@ def build_api(studio: Studio) -> None:
         return {"words": report.words, "tokens": tokens, "patches": report.patches.tolist()}
 
     with gr.Row(visible=False):
-        kind, placeholder, prompt, negative = (gr.Textbox() for _ in range(4))
-        framing = gr.Textbox("")
+        kind, prompt, subject = gr.Textbox(), gr.Textbox(), gr.Textbox()  # what has a value at first may be left out
+        placeholder, framing, negative = gr.Textbox(""), gr.Textbox(""), gr.Textbox(pipe.base.negative_prompt)
         files = gr.File(file_count="multiple", type="filepath")
         strength, lam, token_weight = gr.Number(1.0), gr.Number(None), gr.Number(1.0)
         count, steps = gr.Number(1), gr.Number(pipe.base.steps)
@@ -88,4 +88,4 @@ def build_api(studio: Studio) -> None:
             api_name="generate",
             concurrency_id="pipeline",
         )
-        gr.Button().click(explain, [placeholder, picture, x, y], shares, api_name="explain")
+        gr.Button().click(explain, [subject, picture, x, y], shares, api_name="explain", queue=False)

@@ -4,9 +4,9 @@ import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
-from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
+from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_updates
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_one
+from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_missing, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
@@ -89,17 +89,17 @@ def build_app(studio: Studio) -> gr.Blocks:
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
-        cancel.click(
+        cancel.click(  # not around the queue: its answer takes the line of the steps, behind those that are on their way
             handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        offer.click(handlers.insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], api_visibility="private")
+        offer.click(insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
         for panel in slots.panels:
-            panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, api_visibility="private")
+            panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, queue=False, api_visibility="private")
         page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
-        restored = dropped.upload(handlers.restore, dropped, page_values, api_visibility="private")
-        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], api_visibility="private")
-        chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, api_visibility="private")
+        restored = dropped.upload(handlers.restore, dropped, page_values, queue=False, api_visibility="private")
+        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], queue=False, api_visibility="private")
+        chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, queue=False, api_visibility="private")
         kinds = [panel.kind for panel in slots.panels]
         adapted = [slots.no_adapter, *kinds, *(panel.framing for panel in slots.panels), *controls.adapted]
         loaded = models.load.click(
@@ -107,9 +107,9 @@ def build_app(studio: Studio) -> gr.Blocks:
             concurrency_id="pipeline", api_visibility="private",
         )  # fmt: skip
         for drawn in (running.success, picked.then, loaded.then):
-            drawn(handlers.look_inside, None, inside.all, api_visibility="private")
+            drawn(handlers.look_inside, None, [*inside.all, slider], queue=False, api_visibility="private")
         for filled in (restored, picked, chosen, loaded):
-            filled.then(slots.redraw, slots.inputs, slots.drawn, api_visibility="private")
+            slots.follow(filled)
         build_api(studio)
         page.unload(handlers.close)
     return page
@@ -123,5 +123,5 @@ def model_updates(pipe: NestedAttentionPipeline, *before: str | None) -> list:
     kinds = [kind if kind in pipe.kinds else next(iter(pipe.kinds), None) for kind in before]
     return [
         gr.Markdown(visible=not pipe.kinds), *(gr.Dropdown(list(pipe.kinds), value=kind) for kind in kinds),
-        *(gr.Dropdown(framings(kind or "", 1), value=framing_of(pipe, kind or "")) for kind in kinds), *knob_defaults(pipe),
+        *(gr.Dropdown(framings(kind or "", 1), value=framing_of(pipe, kind or "")) for kind in kinds), *knob_updates(pipe),
     ]  # fmt: skip

@@ -47,6 +47,17 @@ def knob_defaults(pipe: NestedAttentionPipeline) -> list[float | str]:
     return [pipe.base.steps, pipe.base.guidance_scale, pipe.base.negative_prompt, lam]
 
 
+def steps_info(pipe: NestedAttentionPipeline) -> str:
+    """The sentence at the steps."""
+    return f"More is finer and slower; {pipe.base.fast_steps} gives a quick look."
+
+
+def knob_updates(pipe: NestedAttentionPipeline) -> list[gr.Slider | float | str]:
+    """Updates for `Controls.adapted`: the defaults, and what is said of them."""
+    steps, *others = knob_defaults(pipe)
+    return [gr.Slider(value=steps, info=steps_info(pipe)), *others]
+
+
 def build_prompt(start: Example | None, names: gr.Markdown) -> gr.Textbox:
     """`start`: whose prompt stands there at first; `names`: the line with the placeholders, shown below."""
     prompt = gr.Textbox(
@@ -72,7 +83,7 @@ def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Exa
             )
             steps = gr.Slider(
                 *RANGES["steps"], default_steps, step=1, label="Steps", min_width=140, elem_id="steps",
-                info=f"More is finer and slower; {pipe.base.fast_steps} gives a quick look.",
+                info=steps_info(pipe),
             )  # fmt: skip
         with gr.Row():
             guidance = gr.Slider(

@@ -1,13 +1,13 @@
 """What happens on the page when somebody presses something. Problems are said where they occur; nothing is cleared."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from nested_attention import NestedAttentionError, Progress, Subject
+from nested_attention import NestedAttentionError, Progress
 from nested_attention.prompts import PLACEHOLDER, placeholders, slot_names
 from nested_attention.provenance import Provenance, SubjectNote, read_provenance
 from nested_attention.settings import MAX_SUBJECTS, random_seed
@@ -33,7 +33,15 @@ ORDINARY = {
 def insert_one(prompt: str, button: str, kind: str) -> str:
     """Writes the placeholder that a slot's button names into the prompt."""
     placeholder = next((word for word in button.split() if word.startswith("<")), "")
-    return prompt if not placeholder or placeholder in prompt else put_into_prompt(prompt, placeholder, ORDINARY.get(kind, (kind,)))
+    there = not placeholder or placeholder in placeholders(prompt)
+    return prompt if there else put_into_prompt(prompt, placeholder, ORDINARY.get(kind, (kind,)))
+
+
+def insert_missing(prompt: str, *values: Any) -> tuple[str, str, gr.Button]:
+    """Writes every forgotten placeholder into the prompt; `values` of the slots. Then notice and offer."""
+    for placeholder, kind in missing_placeholders(prompt, read_slots(values)).items():
+        prompt = put_into_prompt(prompt, placeholder, ORDINARY.get(kind, (kind,)))
+    return prompt, "Done; press Generate.", hidden()
 
 
 class Handlers:
@@ -56,15 +64,14 @@ class Handlers:
         session = self._session(request)
         prompt, negative, num_images, steps, guidance, seed, new_seed, lam, token_weight = values[:CONTROLS]
         seed = random_seed() if new_seed or seed is None else seed
-        quiet = "", hidden(), gr.skip()
+        quiet, slots = ("", hidden(), gr.skip()), read_slots(values[CONTROLS:])
+        if missing := missing_placeholders(prompt, slots):
+            yield (gr.skip(), "", *offer_to_insert(missing), gr.skip())
+            return
         run = session.begin()
         yield (gr.skip(), "Looking at the subjects …", *quiet)
         try:
-            subjects = self.studio.subjects_of_slots(session, read_slots(values[CONTROLS:]), lam=lam, token_weight=token_weight)
-            if missing := missing_placeholders(prompt, subjects):
-                session.end(run)
-                yield (gr.skip(), "", *offer_to_insert(missing), gr.skip())
-                return
+            subjects = self.studio.subjects_of_slots(session, slots, lam=lam, token_weight=token_weight)
             for event in self.studio.generate(
                 session, prompt, subjects, negative_prompt=negative, num_images=num_images, steps=steps, guidance_scale=guidance, seed=seed,
             ):  # fmt: skip
@@ -101,18 +108,10 @@ class Handlers:
         return self._unfinished(session), "Cancelled." if stopped else gr.skip()
 
     def look_inside(self, request: gr.Request) -> list:
-        """Values for all of "Look inside"."""
-        return reset(self.studio, str(request.session_hash))
-
-    def insert_missing(self, request: gr.Request, *values: Any) -> tuple:
-        """Puts every forgotten placeholder into the prompt."""
-        prompt, slots = values[0], read_slots(values[1:])
-        try:
-            for subject in missing_placeholders(prompt, self.studio.subjects_of_slots(self._session(request), slots)):
-                prompt = put_into_prompt(prompt, subject.placeholder, ORDINARY.get(subject.kind, (subject.kind,)))
-        except NestedAttentionError as error:
-            return gr.skip(), warned(error), gr.skip()
-        return prompt, "Done; press Generate.", hidden()
+        """Values for all of "Look inside", and for the slider, which goes with the pictures that it compares."""
+        session = self._session(request)
+        compared = session.result is not None and session.compared == session.result.files
+        return [*reset(self.studio, str(request.session_hash)), gr.skip() if compared else None]
 
     def _compare(self, request: gr.Request) -> Iterator[tuple]:
         """Yields values for the slider, without and with the subjects, and status.
@@ -132,6 +131,7 @@ class Handlers:
                         yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
                 else:
                     session.end(run)
+                    session.compared = result.files
                     yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
         except Exception as error:
             session.end(run)
@@ -244,9 +244,9 @@ def warned(error: NestedAttentionError) -> str:
     return "⚠️ " + PLACEHOLDER.sub(lambda match: f"`{match.group()}`", str(error))
 
 
-def offer_to_insert(missing: Sequence[Subject]) -> tuple[str, gr.Button]:
+def offer_to_insert(missing: Iterable[str]) -> tuple[str, gr.Button]:
     """The notice about forgotten placeholders, and the button that writes them."""
-    names = " and ".join(subject.placeholder for subject in missing)
+    names = " and ".join(missing)
     return f"⚠️ The prompt does not say where `{names}` should be.", gr.Button(f"Put {names} into the prompt", visible=True)
 
 

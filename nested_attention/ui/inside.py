@@ -84,8 +84,8 @@ def build_inside(studio: Studio) -> Inside:
         return explain(studio, str(request.session_hash), name, which, grid, when, event.index)
 
     for choice in panel.choices:
-        choice.input(refresh, panel.choices, panel.shown, api_visibility="private")
-    outer.select(clicked, panel.choices, [point, reference], api_visibility="private")
+        choice.input(refresh, panel.choices, panel.shown, queue=False, api_visibility="private")
+    outer.select(clicked, panel.choices, [point, reference], queue=False, api_visibility="private")
     return panel
 
 

@@ -51,7 +51,10 @@ def build_models(studio: Studio) -> ModelPanel:
     fetch.click(fetch_faces, None, [faces, fetch], api_visibility="private")
     panel = ModelPanel(base, adapter, about, load, note)
     choices = [base, adapter]
-    gr.on([base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], api_visibility="private")
+    gr.on(
+        [base.change, adapter.change], lambda name, own: described(studio, name, own), choices, [about, note], queue=False,
+        api_visibility="private",
+    )  # fmt: skip
     return panel
 
 
@@ -70,8 +73,15 @@ def fetch_faces() -> tuple[str, gr.Button]:
     return faces_text(), gr.Button(visible=False)
 
 
+def base_of(choice: str | None) -> str:
+    """What stands in the field of the base model, which may have been pasted with spaces around it."""
+    return (choice or "").strip()
+
+
 def adapter_of(choice: str | None) -> str | None:
-    return None if choice in (None, "", OWN) else choice
+    """The same of the adapter; None for those that come with the base."""
+    named = base_of(choice)
+    return None if named in ("", OWN) else named
 
 
 def local_adapters() -> list[str]:
@@ -79,11 +89,11 @@ def local_adapters() -> list[str]:
     return sorted(str(path.parent) for below in ("*", "*/adapter") for path in RUNS.glob(f"{below}/{WEIGHTS}"))
 
 
-def described(studio: Studio, name: str, adapter: str) -> tuple[str, str]:
+def described(studio: Studio, name: str | None, adapter: str | None) -> tuple[str, str]:
     """What the chosen model and adapter are and cost, in words; and the problem, if there is one."""
     chosen = adapter_of(adapter)
     try:
-        preset = find_base(name)
+        preset = find_base(base_of(name))
         beside, cost = adapter_text(preset, chosen), estimate(preset, studio.pipe.device, chosen)
     except NestedAttentionError as error:
         return "", f"⚠️ {error}"
@@ -148,7 +158,7 @@ def use_model(studio: Studio, changed: Callable[..., list[Any]], count: int) -> 
         session, problem = studio.session(str(request.session_hash)), ""
         yield ["Loading; the first time it is downloaded …", "", *[gr.skip()] * count]
         try:
-            studio.choose_model(session, name, adapter_of(adapter))
+            studio.choose_model(session, base_of(name), adapter_of(adapter))
         except NestedAttentionError as error:
             problem = f"⚠️ {error}"
         yield [loaded_text(session.pipe), problem, *changed(session.pipe, *before)]

@@ -76,7 +76,7 @@ class Session:
 
     `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
     `runs`: what is being drawn and did not say its end yet. `shown`: files of the finished pictures that the gallery shows, None
-    as the page opened. `previewing`: it shows half-denoised ones instead.
+    as the page opened. `previewing`: it shows half-denoised ones instead. `compared`: files of those whose first the slider shows.
     """
 
     pipe: NestedAttentionPipeline
@@ -87,6 +87,7 @@ class Session:
     runs: list[Run] = field(default_factory=list)
     shown: Sequence[str] | None = None
     previewing: bool = False
+    compared: Sequence[str] = ()
     folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nested-attention-"))
     ends: float = 0.0
 

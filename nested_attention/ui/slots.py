@@ -174,7 +174,7 @@ def build_slot(pipe: NestedAttentionPipeline, number: int, slot: Slot, is_open: 
                     fit_columns=False, buttons=[], elem_id=f"seen-{number}",
                 )  # fmt: skip
         with gr.Row(visible=False) as crop:
-            sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=80) for side, value in SIDES.items()]
+            sides = [gr.Slider(0, 100, value, step=1, label=f"{side} %", min_width=140) for side, value in SIDES.items()]
         note = gr.Markdown(found.note, elem_classes="notice", elem_id=f"note-{number}")
         with gr.Row():
             insert = gr.Button(label, size="sm", interactive=label != EMPTY, min_width=120, elem_id=f"insert-{number}")
@@ -188,10 +188,11 @@ class Slots:
 
     `opened`: the numbers of those that are shown; `names`: the line with their placeholders, not yet on the page; `redraw`: values
     for `drawn` from those of `inputs`. What the app itself writes into a slot is not reliably reported as a change by the
-    browser, least of all in closed slots, so `redraw` has to follow.
+    browser, least of all in closed slots, and into `opened` not at all from outside the queue, so `follow` says it.
     """
 
     panels: list[SlotPanel]
+    more: gr.Button
     opened: gr.State
     names: gr.Markdown
     no_adapter: gr.Markdown
@@ -211,6 +212,16 @@ class Slots:
     def drawn(self) -> list[gr.blocks.Block]:
         """What follows from the values of `inputs`."""
         return [*(block for panel in self.panels for block in panel.drawn), *self.labels]
+
+    @property
+    def shown(self) -> list[gr.blocks.Block]:
+        """In the order of `shown_groups`."""
+        return [*(panel.group for panel in self.panels), self.more]
+
+    def follow(self, filled: gr.events.Dependency) -> None:
+        """Shows what an event of the app wrote into the slots and into `opened`."""
+        filled.then(shown_groups, self.opened, self.shown, queue=False, api_visibility="private")
+        filled.then(self.redraw, self.inputs, self.drawn, queue=False, api_visibility="private")
 
 
 def first_slots(pipe: NestedAttentionPipeline, filled: Sequence[Slot]) -> list[Slot]:
@@ -251,25 +262,28 @@ def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
         pipe = pipe_of(request)
         return [*(value for slot in read_slots(values) for value in look(pipe, slot)), *labelled(*values)]
 
-    def shown_groups(numbers: list[int]) -> list[gr.Group | gr.Button]:
-        return [*(gr.Group(visible=number in numbers) for number in range(MAX_SUBJECTS)), gr.Button(visible=len(numbers) < MAX_SUBJECTS)]
-
     def removed(number: int, kind: str | None, opened: list[int], request: gr.Request) -> list:
         return without(pipe_of(request), number, kind, opened)
 
     names = gr.Markdown(named, render=False, elem_classes="notice", elem_id="names")
-    slots = Slots(panels, gr.State(shown), names, no_adapter, redraw)
-    slots.opened.change(shown_groups, slots.opened, [*(panel.group for panel in panels), more], api_visibility="private")
-    more.click(one_more, slots.opened, slots.opened, api_visibility="private")
+    slots = Slots(panels, more, gr.State(shown), names, no_adapter, redraw)
+    added = more.click(one_more, slots.opened, slots.opened, queue=False, api_visibility="private")
+    added.then(shown_groups, slots.opened, slots.shown, queue=False, api_visibility="private")
     for number, panel in enumerate(panels):
         changes = [panel.files.change, panel.kind.change, panel.framing.change, *(side.release for side in panel.sides)]
-        gr.on(changes, looked, panel.inputs, panel.drawn, api_visibility="private")
-        panel.kind.input(reframed, panel.kind, panel.framing, api_visibility="private")
-        gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, api_visibility="private")
-        panel.remove.click(
-            removed, [gr.State(number), panel.kind, slots.opened], [*panel.inputs, slots.opened], api_visibility="private"
-        ).then(redraw, slots.inputs, slots.drawn, api_visibility="private")
+        gr.on(changes, looked, panel.inputs, panel.drawn, queue=False, api_visibility="private")
+        panel.kind.input(reframed, panel.kind, panel.framing, queue=False, api_visibility="private")
+        gr.on([panel.files.change, panel.kind.change], labelled, slots.inputs, slots.labels, queue=False, api_visibility="private")
+        emptied = panel.remove.click(
+            removed, [gr.State(number), panel.kind, slots.opened], [*panel.inputs, slots.opened], queue=False, api_visibility="private"
+        )
+        slots.follow(emptied)
     return slots
+
+
+def shown_groups(opened: list[int]) -> list[gr.Group | gr.Button]:
+    """Which slots are visible, and whether another one can be opened."""
+    return [*(gr.Group(visible=number in opened) for number in range(MAX_SUBJECTS)), gr.Button(visible=len(opened) < MAX_SUBJECTS)]
 
 
 def one_more(opened: list[int]) -> list[int]:

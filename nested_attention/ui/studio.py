@@ -98,9 +98,7 @@ class Studio:
         Raises:
             NestedAttentionError: as of `encode`.
         """
-        filled = [slot for slot in slots if slot.files]
-        names = slot_names([slot.kind for slot in filled])
-        return [self.encode(session, slot, name, **knobs) for slot, name in zip(filled, names, strict=True)]
+        return [self.encode(session, slot, name, **knobs) for name, slot in named_slots(slots).items()]
 
     def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
         """Progress after every step, then the result, which the session keeps.
@@ -183,9 +181,15 @@ def framed_pictures(slot: Slot) -> list[Framed]:
     return [frame(read_image(file), slot.kind, slot.framing, slot.crop) for file in slot.files]
 
 
-def missing_placeholders(prompt: str, subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects that the prompt does not name."""
-    return [subject for subject in subjects if subject.placeholder not in placeholders(prompt)]
+def named_slots(slots: Sequence[Slot]) -> dict[str, Slot]:
+    """Placeholder -> slot, of those that hold a picture."""
+    filled = [slot for slot in slots if slot.files]
+    return dict(zip(slot_names([slot.kind for slot in filled]), filled, strict=True))
+
+
+def missing_placeholders(prompt: str, slots: Sequence[Slot]) -> dict[str, str]:
+    """Placeholder -> kind, of the filled slots that the prompt does not name. A slot without a kind cannot be named."""
+    return {name: slot.kind for name, slot in named_slots(slots).items() if slot.kind and name not in placeholders(prompt)}
 
 
 def put_into_prompt(prompt: str, placeholder: str, words: Sequence[str]) -> str:
