@@ -235,14 +235,14 @@ class Trace:
         return SubjectMaps(self.recorder, subject, index, columns)
 
 
-_active: ContextVar[tuple[object, Trace] | None] = ContextVar("nested_attention_trace", default=None)
+_active: ContextVar[tuple[tuple[object, Trace], ...]] = ContextVar("nested_attention_traces", default=())
 
 
 @contextmanager
 def trace(pipe: "NestedAttentionPipeline") -> Iterator[Trace]:
-    """Traces what `pipe` generates inside the block, in this thread or task only."""
+    """Traces what `pipe` generates inside the block, in this thread or task only; of blocks inside each other the innermost does."""
     maps = Trace()
-    token = _active.set((pipe, maps))
+    token = _active.set((*_active.get(), (pipe, maps)))
     try:
         yield maps
     finally:
@@ -251,5 +251,4 @@ def trace(pipe: "NestedAttentionPipeline") -> Iterator[Trace]:
 
 def active_trace(pipe: object) -> Trace | None:
     """The trace that is open for `pipe` in the current context, if any."""
-    active = _active.get()
-    return active[1] if active is not None and active[0] is pipe else None
+    return next((maps for traced, maps in reversed(_active.get()) if traced is pipe), None)

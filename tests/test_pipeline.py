@@ -198,6 +198,15 @@ def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPi
         cat.outer("down_blocks.0")
 
 
+def test_every_pipeline_is_traced_by_the_innermost_of_its_blocks(pipe: NestedAttentionPipeline) -> None:
+    other = tiny.pipeline("sd")
+    with trace(pipe) as outer, trace(other) as of_other:
+        pipe("<person>", both(pipe)[:1], steps=1)
+        with trace(pipe) as inner:
+            pipe("<cat>", both(pipe)[1:], steps=1)
+    assert (outer.placeholders, inner.placeholders, of_other.placeholders) == (("<person>",), ("<cat>",), ())
+
+
 def test_values_are_those_that_the_strength_leaves(pipe: NestedAttentionPipeline) -> None:
     subject = pipe.encode("person", photo(1))
     seen = []
