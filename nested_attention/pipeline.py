@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nested_attention.errors import Cancelled, NestedAttentionError
 from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
 from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage, too_little
-from nested_attention.preview import preview
+from nested_attention.preview import clean_idea, preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings
 from nested_attention.subjects import Subject, SubjectCache
@@ -43,7 +43,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` is done; `previews()` decodes what the pictures look like so far."""
+    """`step` of `steps` is done, of which some schedulers take more than were asked for; `previews()` shows the pictures so far."""
 
     step: int
     steps: int
@@ -63,6 +63,8 @@ class NestedAttentionPipeline:
         self.image_encoders = ImageEncoders(folders, self.device, stock.unet.dtype)
         self.cache = SubjectCache()
         self.decoding, self.vae_dtype = threading.Lock(), stock.vae.dtype
+        self.reading = threading.Lock()
+        self.own = type(type(stock).__name__, (ReadsInTurn, type(stock)), {"reading": self.reading})
         # on a GPU requests take turns: two at once need twice the memory, and parts that move would be pulled from under the other
         self.turn = nullcontext() if self.device.type == "cpu" else threading.Lock()
         stock.unet.set_attn_processor({name: NestedAttnProcessor(name) for name in stock.unet.attn_processors})
@@ -104,7 +106,8 @@ class NestedAttentionPipeline:
 
         Args:
             kind: one of `kinds`.
-            images: pictures, paths or bytes of one and the same subject.
+            images: pictures, paths or bytes of one and the same subject, taken as they are: for an adapter whose `framing` is "face",
+                frame photos by `faces.frame` before.
             placeholder: how the prompt names it; `<kind>` if not given.
             strength, lam, token_weight: see `Subject`; `lam` defaults to the adapter's.
             cache: encoded pictures are looked up and kept here; the pipeline's own cache if not given.
@@ -147,11 +150,15 @@ class NestedAttentionPipeline:
         checked = Settings.checked(self.base, prompt, **settings)
         filled = fill(prompt, words_of(subjects))
         columns = [self._columns(filled, subject) for subject in subjects]
-        condition = self._condition(checked, subjects, columns, maps or active_trace(self))
+        traced = maps or active_trace(self)
+
+        def draw(rung: int) -> list[Image.Image]:
+            return self._run(checked, filled.text, self._condition(checked, subjects, columns, traced, rung), callback)
+
         with self.turn:
-            images = self._within_memory(checked, filled.text, condition, callback)
-            if images is None and self.rung < len(rungs(self.device)) - 1:
-                images = self._within_memory(checked, filled.text, self._step_down(condition), callback)
+            images = within_memory(draw, rung := self.rung)
+            if images is None and rung < len(rungs(self.device)) - 1:
+                images = within_memory(draw, self._step_down(rung))
         if images is None:
             raise NestedAttentionError(
                 f"{self.device} has too little memory for {checked.num_images} pictures of {checked.width} x {checked.height}; "
@@ -198,7 +205,8 @@ class NestedAttentionPipeline:
             worker.join()
 
     def _columns(self, filled: Prompt, subject: Subject) -> tuple[int, ...]:
-        columns = filled.columns(subject.placeholder, self.stock.tokenizer)
+        with self.reading:
+            columns = filled.columns(subject.placeholder, self.stock.tokenizer)
         if len(columns) < len(filled.spans[subject.placeholder]):
             limit = self.stock.tokenizer.model_max_length - 2
             raise NestedAttentionError(
@@ -207,7 +215,7 @@ class NestedAttentionPipeline:
         return columns
 
     def _condition(
-        self, settings: Settings, subjects: Sequence[Subject], columns: Sequence[tuple[int, ...]], maps: Trace | None
+        self, settings: Settings, subjects: Sequence[Subject], columns: Sequence[tuple[int, ...]], maps: Trace | None, rung: int
     ) -> NestedCondition:
         layers: dict[str, list] = {}
         for subject, places in zip(subjects, columns, strict=True):
@@ -219,39 +227,30 @@ class NestedAttentionPipeline:
         if maps is not None:
             scale = self.stock.vae_scale_factor
             grid = settings.height // scale, settings.width // scale
-            recorder = maps.begin(grid, settings.steps, len(cross_attention_layers(self.stock.unet)), subjects, columns)
-        return NestedCondition(settings.num_images, layers, recorder, LADDER[self.rung].slice)
+            recorder = maps.begin(grid, len(cross_attention_layers(self.stock.unet)), subjects, columns)
+        return NestedCondition(settings.num_images, layers, recorder, LADDER[rung].slice)
 
-    def _step_down(self, condition: NestedCondition) -> NestedCondition:
-        """To the next rung of the ladder, once, for good; the request goes on with its own condition changed."""
-        self.rung = settle(self.stock, self.device, self.rung + 1)
-        print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}", file=sys.stderr)
-        if condition.recorder is not None:
-            condition.recorder.forget()
-        return replace(condition, slice=LADDER[self.rung].slice)
-
-    def _within_memory(self, *request: Any) -> list[Image.Image] | None:
-        """What `_run` gives, or None if the device's memory does not suffice. Leaving `except` lets go of what filled it."""
-        try:
-            return self._run(*request)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+    def _step_down(self, rung: int) -> int:
+        """From the rung of a request to the next one, for good, unless another request went there meanwhile. Returns where it is now."""
+        if self.rung == rung:
+            self.cache.clear()
+            self.rung = settle(self.stock, self.device, rung + 1)
+            print(f"{self.base.name}: out of memory; from now on {LADDER[self.rung].name}", file=sys.stderr)
+        return self.rung
 
     def _run(
         self, settings: Settings, text: str, condition: NestedCondition, callback: Callable[[Progress], None] | None
     ) -> list[Image.Image]:
-        stock = own_copy(self.stock)
+        stock = own_copy(self.stock, self.own)
         until_drawn = ExitStack()
         until_drawn.callback(self.stock.maybe_free_model_hooks)  # the copy knows no hooks: what it left on the device goes home
 
-        def after_step(_: object, step: int, timestep: object, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def after_step(_: object, step: int, timestep: torch.Tensor, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if condition.recorder is not None:
-                condition.recorder.step = step + 1
+                condition.recorder.step, condition.recorder.steps = step + 1, stock.num_timesteps
             if callback is not None:
-                latents = kwargs["latents"]
-                callback(Progress(step + 1, settings.steps, lambda: preview(stock, latents)))
+                idea = clean_idea(stock.scheduler, kwargs["latents"], timestep)
+                callback(Progress(step + 1, stock.num_timesteps, lambda: preview(stock, idea)))
             if step + 1 == stock.num_timesteps:  # what follows is decoding, for which SDXL's shared VAE changes its dtype
                 until_drawn.enter_context(self.decoding)
                 # and back only if nothing fails; `Module.to`, because a diffusers model warns whenever its dtype is set
@@ -268,6 +267,16 @@ class NestedAttentionPipeline:
             )  # fmt: skip
         tell_blanked(self.base.name, settings, getattr(drawn, "nsfw_content_detected", None) or [])
         return drawn.images
+
+
+def within_memory(draw: Callable[[int], list[Image.Image]], rung: int) -> list[Image.Image] | None:
+    """What is drawn on `rung`, or None if the device's memory does not suffice. Leaving `except` lets go of what filled it."""
+    try:
+        return draw(rung)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def tell_blanked(base: str, settings: Settings, blanked: Sequence[bool]) -> None:
@@ -300,10 +309,23 @@ def words_of(subjects: Sequence[Subject]) -> dict[str, str]:
     return words
 
 
-def own_copy(stock: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline object of a request's own: the shared modules, a fresh scheduler, no progress bar."""
+class ReadsInTurn:
+    """What makes a stock pipeline read prompts in turn with others that hold `reading`.
+
+    They share tokenizers, and a tokenizer keeps in itself how it pads and cuts, which every call sets anew. Copies take too long to make.
+    """
+
+    reading: threading.Lock
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        with self.reading:
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
+
+
+def own_copy(stock: DiffusionPipeline, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """A pipeline object of a request's own, of `kind`: the shared modules, a fresh scheduler, no progress bar."""
     parts = dict(stock.components, scheduler=type(stock.scheduler).from_config(stock.scheduler.config))
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
-    own = type(stock)(**parts, **extra)
+    own = kind(**parts, **extra)
     own.set_progress_bar_config(disable=True)
     return own

@@ -1,7 +1,7 @@
 """What the pictures look like while they are still being denoised."""
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -11,18 +11,27 @@ SD15_COLOURS = (0.3444, 0.1385, 0.0670), (0.1247, 0.4027, 0.1494), (-0.3192, 0.2
 SDXL_COLOURS = (0.3816, 0.4930, 0.5320), (-0.3753, 0.1631, 0.1739), (0.1770, 0.3588, -0.2048), (-0.4350, -0.2644, -0.4289)
 
 
+def clean_idea(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The scheduler's idea of the clean picture after the step at `timestep`; where it keeps none, the latents as the U-Net is given them.
+
+    Those of Euler's kind carry noise of many times their own size, and are scaled for the U-Net; the others are not.
+    """
+    outputs = [output for output in getattr(scheduler, "model_outputs", ()) if output is not None]
+    if outputs and scheduler.config.get("algorithm_type", "").startswith("dpmsolver++"):
+        return outputs[-1]
+    return scheduler.scale_model_input(latents, timestep)
+
+
 @torch.no_grad()
 def preview(stock: DiffusionPipeline, latents: Tensor) -> list[Image.Image]:
-    """The scheduler's current idea of the clean picture, or the latents themselves where it keeps none, as pictures.
+    """Latents as pictures.
 
     Four channels get rough colours without the VAE: decoding beside a step that is under way needs memory of its own, moves
     parts about where they wait outside, and overflows for SDXL in float16. Storybook's patches are decoded: they are pixels.
     """
-    outputs = [output for output in getattr(stock.scheduler, "model_outputs", ()) if output is not None]
-    clean = outputs[-1] if outputs and stock.scheduler.config.get("algorithm_type", "").startswith("dpmsolver++") else latents
-    if clean.shape[1] == 4:
-        return coloured(clean, isinstance(stock, StableDiffusionXLPipeline), stock.vae_scale_factor)
-    pixels = stock.vae.decode(clean.to(stock.vae.dtype) / stock.vae.config.scaling_factor, return_dict=False)[0]
+    if latents.shape[1] == 4:
+        return coloured(latents, isinstance(stock, StableDiffusionXLPipeline), stock.vae_scale_factor)
+    pixels = stock.vae.decode(latents.to(stock.vae.dtype) / stock.vae.config.scaling_factor, return_dict=False)[0]
     return stock.image_processor.postprocess(pixels, output_type="pil")
 
 

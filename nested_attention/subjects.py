@@ -127,5 +127,9 @@ class SubjectCache:
             while len(self._entries) > 1 and sum(entry.bytes for entry in self._entries.values()) > self.max_bytes:
                 self._entries.popitem(last=False)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
     def __len__(self) -> int:
         return len(self._entries)

@@ -56,25 +56,19 @@ def combined(means: Sequence[Mean]) -> Tensor:
 class Recorder:
     """Collects the maps of one request.
 
-    `grid`: height and width of the latent; `steps`: their number; `layers`: the number of cross-attention layers, of
-    which about `WATCHED` are looked into at a step; `step`: set by the pipeline as it goes.
+    `grid`: height and width of the latent; `layers`: the number of cross-attention layers, of which about `WATCHED` are
+    looked into at a step; `step`, `steps`: how many are done, of how many, set by the pipeline as it goes.
     """
 
     grid: Grid
-    steps: int
     layers: int
     step: int = 0
+    steps: int = 1
     names: dict[str, int] = field(default_factory=dict)  # layer -> its number, in the order of the first step
     valued: dict[Grid, str] = field(default_factory=dict)  # resolution -> the one layer whose values are kept
     outer: dict[Key, Mean] = field(default_factory=dict)
     nested: dict[tuple[Key, int], Mean] = field(default_factory=dict)
     values: dict[tuple[Key, int], tuple[Mean, Mean]] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        """Starts over: the request runs again from its first step."""
-        self.step = 0
-        for maps in (self.outer, self.nested, self.values):
-            maps.clear()
 
     def resolution(self, pixels: int) -> Grid:
         """The grid that a layer of `pixels` queries works on."""
@@ -199,9 +193,9 @@ class Trace:
         self.recorder: Recorder | None = None
         self._subjects: dict[str, tuple[int, Subject, tuple[int, ...]]] = {}
 
-    def begin(self, grid: Grid, steps: int, layers: int, subjects: "Sequence[Subject]", columns: Sequence[tuple[int, ...]]) -> Recorder:
+    def begin(self, grid: Grid, layers: int, subjects: "Sequence[Subject]", columns: Sequence[tuple[int, ...]]) -> Recorder:
         """Called by the pipeline when a generation starts."""
-        self.recorder = Recorder(grid, steps, layers)
+        self.recorder = Recorder(grid, layers)
         self._subjects = {s.placeholder: (k, s, c) for k, (s, c) in enumerate(zip(subjects, columns, strict=True))}
         return self.recorder
 
@@ -235,14 +229,14 @@ class Trace:
         return SubjectMaps(self.recorder, subject, index, columns)
 
 
-_active: ContextVar[tuple[object, Trace] | None] = ContextVar("nested_attention_trace", default=None)
+_active: ContextVar[tuple[tuple[object, Trace], ...]] = ContextVar("nested_attention_traces", default=())
 
 
 @contextmanager
 def trace(pipe: "NestedAttentionPipeline") -> Iterator[Trace]:
-    """Traces what `pipe` generates inside the block, in this thread or task only."""
+    """Traces what `pipe` generates inside the block, in this thread or task only; of blocks inside each other the innermost does."""
     maps = Trace()
-    token = _active.set((pipe, maps))
+    token = _active.set((*_active.get(), (pipe, maps)))
     try:
         yield maps
     finally:
@@ -251,5 +245,4 @@ def trace(pipe: "NestedAttentionPipeline") -> Iterator[Trace]:
 
 def active_trace(pipe: object) -> Trace | None:
     """The trace that is open for `pipe` in the current context, if any."""
-    active = _active.get()
-    return active[1] if active is not None and active[0] is pipe else None
+    return next((maps for traced, maps in reversed(_active.get()) if traced is pipe), None)

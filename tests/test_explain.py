@@ -21,7 +21,7 @@ def traced() -> tuple[Result, Trace]:
     """A subject of two black pictures of 2 x 2 patches, its word the second of three, and nothing recorded yet."""
     images = tuple(EncodedImage(BLACK, torch.full((TOKENS, 4), 0.25), {}) for _ in range(2))
     subject, maps = Subject("<ada>", "person", "person", images), Trace()
-    maps.begin(GRID, 1, 1, [subject], [(1,)])
+    maps.begin(GRID, 1, [subject], [(1,)])
     return Result(Generation([BLACK], Settings("<ada>", "", 1, 1, 1.0, 0, 32, 32)), (subject,), maps, ()), maps
 
 

@@ -2,8 +2,9 @@
 
 import threading
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from nested_attention.bases import BASES, UNETS
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import QFormerConfig
 from nested_attention.loading import load_adapters
-from nested_attention.memory import DECODE, LADDER, TILE, choose, free_gigabytes, needed, settle
+from nested_attention.memory import DECODE, LADDER, SLICE, TILE, choose, free_gigabytes, needed, settle
 from tests import tiny
 from tests.tiny import pixels
 
@@ -179,8 +180,44 @@ def test_one_step_down_saves_the_request(monkeypatch: pytest.MonkeyPatch, capsys
     with trace(pipe) as maps:
         found = pixels(pipe("<cat> on the beach", [subject], seed=3))
     assert pipe.rung == 1 and capsys.readouterr().err == f"tiny: out of memory; from now on {LADDER[1].name}\n"
+    assert len(pipe.cache) == 0
     assert np.abs(found - expected).max() <= 2
     torch.testing.assert_close(maps.subject("<cat>").outer(), whole.subject("<cat>").outer(), atol=1e-4, rtol=1e-3)
+
+
+def test_a_request_whose_rung_another_left_follows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """On a CPU, where requests run beside each other."""
+    pipe = tiny.pipeline("sd")
+    forward = pipe.stock.unet.forward
+
+    def failing(*args: Any, **kwargs: Any) -> NoReturn:
+        pipe.rung = settle(pipe.stock, CPU, 1)  # the other one
+        monkeypatch.setattr(pipe.stock.unet, "forward", forward)
+        without_room()
+
+    monkeypatch.setattr(pipe.stock.unet, "forward", failing)
+    assert len(pipe("a cat on the beach").images) == 1
+    assert pipe.rung == 1 and capsys.readouterr().err == ""
+
+
+def test_a_request_runs_on_the_rung_that_its_turn_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("sd")
+    slices: list[int | None] = []
+
+    def condition(*args: Any) -> NestedCondition:
+        made = NestedCondition(*args)
+        slices.append(made.slice)
+        return made
+
+    @contextmanager
+    def turn_behind_another() -> Iterator[None]:
+        pipe.rung = settle(pipe.stock, CPU, 1)
+        yield
+
+    monkeypatch.setattr("nested_attention.pipeline.NestedCondition", condition)
+    pipe.turn = turn_behind_another()
+    pipe("a cat on the beach")
+    assert slices == [SLICE]
 
 
 def test_after_one_step_down_the_message_says_what_to_do_and_the_pipeline_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,22 @@
 """The pipeline on tiny real SD and SDXL components."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
 from nested_attention.attention import fast, plain
 from nested_attention.condition import NestedCondition
-from nested_attention.pipeline import Generation
+from nested_attention.pipeline import Generation, own_copy
+from nested_attention.prompts import Prompt, fill
 from tests import tiny
 from tests.tiny import photo, pixels
 
@@ -198,6 +201,15 @@ def test_tracing_changes_nothing_and_its_rows_sum_to_one(pipe: NestedAttentionPi
         cat.outer("down_blocks.0")
 
 
+def test_every_pipeline_is_traced_by_the_innermost_of_its_blocks(pipe: NestedAttentionPipeline) -> None:
+    other = tiny.pipeline("sd")
+    with trace(pipe) as outer, trace(other) as of_other:
+        pipe("<person>", both(pipe)[:1], steps=1)
+        with trace(pipe) as inner:
+            pipe("<cat>", both(pipe)[1:], steps=1)
+    assert (outer.placeholders, inner.placeholders, of_other.placeholders) == (("<person>",), ("<cat>",), ())
+
+
 def test_values_are_those_that_the_strength_leaves(pipe: NestedAttentionPipeline) -> None:
     subject = pipe.encode("person", photo(1))
     seen = []
@@ -233,6 +245,18 @@ def test_stream_reports_every_step_and_ends_with_the_result(pipe: NestedAttentio
     assert isinstance(events[0], Progress) and events[0].previews()[0].size == (32, 32)
     assert isinstance(events[-1], Generation)
     assert np.array_equal(pixels(events[-1]), pixels(pipe(PROMPT, both(pipe), seed=3, steps=3)))
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(EulerDiscreteScheduler, 4), (PNDMScheduler, 5), (HeunDiscreteScheduler, 7)])
+def test_steps_are_those_that_the_scheduler_takes(kind: Any, steps: int) -> None:
+    """Some take more than the four that are asked for."""
+    pipe = tiny.pipeline("sd")
+    pipe.stock.scheduler = kind.from_config(pipe.stock.scheduler.config, skip_prk_steps=True)
+    with trace(pipe) as maps:
+        *events, _ = pipe.stream("<person>", [pipe.encode("person", photo(1))], steps=4)
+    assert [(event.step, event.steps) for event in events] == [(k + 1, steps) for k in range(steps)]
+    assert events[-1].previews()[0].size == (32, 32) and maps.thirds == (0, 1, 2)
+    assert maps.recorder is not None and maps.recorder.steps == steps
 
 
 def test_closing_a_stream_cancels(pipe: NestedAttentionPipeline) -> None:
@@ -325,3 +349,24 @@ def test_a_muted_token_never_answers(pipe: NestedAttentionPipeline) -> None:
     assert maps.subject("<person>").nested()[..., [0, 3]].max() == 0
     with pytest.raises(NestedAttentionError, match="muted"):
         subject.but(muted=frozenset(range(6)))
+
+
+def test_prompts_that_are_read_at_once_never_meet(pipe: NestedAttentionPipeline) -> None:
+    """Short and long ones, for the place of a word and for the text encoder, which pad and cut differently."""
+    subject = pipe.encode("person", photo(1))
+    prompts = [fill(text, {"<person>": "person"}) for text in ("<person>", "<person> on the beach", "<person> " + "in the snow " * 30)]
+
+    def read(prompt: Prompt) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+        states = own_copy(pipe.stock, pipe.own).encode_prompt(
+            prompt.text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=""
+        )
+        return pipe._columns(prompt, subject), states[:2]
+
+    alone = [read(prompt) for prompt in prompts]
+
+    def same(number: int) -> bool:
+        columns, states = read(prompts[number % 3])
+        return columns == alone[number % 3][0] and all(map(torch.equal, states, alone[number % 3][1]))
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(same, range(150)))

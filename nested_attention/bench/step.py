@@ -75,7 +75,7 @@ class Bench:
                 key, value = torch.randn(shape, **self.like), torch.randn(shape, **self.like)
                 layers.setdefault(name, []).append(LayerSubject(columns, key, value, one, one, one, "full"))
         side = self.unet.config.sample_size
-        return NestedCondition(1, layers, Recorder((side, side), 1, len(self.layers)) if traced else None)
+        return NestedCondition(1, layers, Recorder((side, side), len(self.layers)) if traced else None)
 
     def install(self, make: Callable[[Attention], object] | None = None) -> None:
         """Another processor into every cross-attention layer; without `make` ours."""
