@@ -74,7 +74,7 @@ class Job:
             framing=config.get("framing", "whole") if self.kind in SEARCHES else "whole",  # as `train.prepare` makes references
         )  # fmt: skip
         if start is not None:
-            described = going_on(described, start, comes_along)
+            described = going_on(described, start, preset.adapters)
         if described.image_revision is None and on_hub(comes_along, described.image_encoder):
             described = replace(described, image_revision=commit_of(described.image_encoder))
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
@@ -214,10 +214,10 @@ def count_samples(config: dict[str, Any]) -> int:
     return sum(stage["loop"]["steps"] * stage["loop"]["batch_size"] for stage in config["stages"])
 
 
-def going_on(described: AdapterConfig, start: Path, comes_along: Path) -> AdapterConfig:
+def going_on(described: AdapterConfig, start: Path, shipped: Path | None) -> AdapterConfig:
     """`described`, where it goes on from the adapter in the folder `start`: with its image encoder, its lambda, and under its licence.
 
-    A folder that the start names is named as it is if it lies so from `comes_along`, where adapters come with the base; else by
+    A folder that the start names is named as it is if it lies so from the adapters that come with the base, in `shipped`; else by
     its whole path. MIT leaves the licence to the config; any other one binds what is made of the adapter, and so does its credit.
 
     Raises:
@@ -236,7 +236,8 @@ def going_on(described: AdapterConfig, start: Path, comes_along: Path) -> Adapte
             "into the section [adapter] of the config, or start from another adapter."
         )
     encoder = known.image_encoder
-    if not on_hub(start, encoder) and not (comes_along / encoder).resolve().is_dir():
+    comes_along = shipped is not None and (shipped / described.kind / encoder).resolve().is_dir()
+    if not on_hub(start, encoder) and not comes_along:
         encoder = str((start / encoder).resolve())
     licence = described.licence if known.licence == "MIT" else known.licence
     return replace(

@@ -242,7 +242,7 @@ def main() -> None:
     diffusion, routing = Diffusion(**config["diffusion"]), Routing(**config["routing"])
     task = BaseTask(model, tokenizer, config["patch"], diffusion, routing, config["alignment"])
     start = noted(options.init) if options.init else noted(options.text, "tokenizer", "text_encoder")
-    check_start(options.out, start)
+    check_start(options.out, start)  # `fit` does too, but what is saved here would by then have another tokenizer beside it
     if this_process().is_main_process:
         save_forms(unet, text_encoder, tokenizer, options.out)
     fit(task, LoopConfig.from_dict(config["loop"]), options.out, {**config, "routing": asdict(routing), "start": start})
