@@ -41,7 +41,7 @@ class AdapterConfig:
         value_norm, lam: see `attention.LayerSubject`; `lam` is the default that a request may override.
         framing: what of a picture it was trained to read: "whole", or the aligned "face".
         qformer, image: sizes.
-        licence: of the weights.
+        licence: of the weights; `credit`: whose weights they were made of, if that licence asks to name them.
         metrics: what the training measured, for people.
     """
 
@@ -57,6 +57,7 @@ class AdapterConfig:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     licence: str = "MIT"
+    credit: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod

@@ -25,6 +25,10 @@ from nested_attention.hub import commit_of, fetch, record_file
 REPO = "orpatashnik/NestedAttentionEncoder"
 FILE = "personalization_encoder/model.safetensors"
 LICENCE = "CC-BY-NC-SA-4.0"
+CREDIT = (
+    f"the weights https://huggingface.co/{REPO} of Or Patashnik, Rinon Gal, Daniil Ostashev, Sergey Tulyakov, Kfir Aberman and "
+    "Daniel Cohen-Or, the authors of Nested Attention"
+)
 HEAD_DIM = 64
 QFORMER_PREFIXES, LAYER_PREFIXES = ("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter.")
 ORDERED = {("k", "v"), ("key", "value"), ("0", "1")}  # in what the names of a layer's two weights may differ: keys, values
@@ -143,6 +147,7 @@ def convert(tensors: dict[str, Tensor], unet: UNet2DConditionModel, revision: st
     config = AdapterConfig(
         kind="person", word="person", base="sdxl", image_encoder=REPO, image_subfolder="image_encoder", image_revision=revision,
         value_norm="full", lam=2.0, framing="face", qformer=released.sizes(), image=CLIP_VIT_H, licence=LICENCE,
+        credit=CREDIT,
     )  # fmt: skip
     adapter = Adapter(config, unet)
     state = {f"qformer.{name}": value for name, value in released.qformer.items()}

@@ -15,6 +15,7 @@ from tests.room import no_file_beyond
 from tests.story_run import LOOP, SmallTask, Stopped, log, task
 from train.loop import Share, check, fit, iterate
 from train.push import Stage
+from train.start import noted
 from train.state import Checkpoint, load_weights
 
 
@@ -38,6 +39,35 @@ def test_the_first_line_after_a_resume_is_a_mean_of_the_steps_behind_it(tmp_path
         fit(interrupted, replace(LOOP, log_every=4), tmp_path / "parts", {})
     fit(task(), replace(LOOP, log_every=4), tmp_path / "parts", {})
     assert [(line["step"], line["loss"]) for line in log(tmp_path / "parts")] == [(4, log(tmp_path / "each")[3]["loss"])]
+
+
+def test_steps_that_are_done_again_are_in_the_log_once(tmp_path: Path) -> None:
+    interrupted = task()
+    interrupted.stop_after = 2
+    with pytest.raises(Stopped):
+        fit(interrupted, replace(LOOP, save_minutes=60.0), tmp_path, {})
+    assert [line["step"] for line in log(tmp_path)] == [1, 2] and not (tmp_path / "state").exists()
+    fit(task(), LOOP, tmp_path, {})
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_keeps_the_start_that_it_began_with(tmp_path: Path) -> None:
+    starts = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+        starts.append(noted(tmp_path / name))
+    run, short = tmp_path / "run", replace(LOOP, steps=1)
+    fit(task(), short, run, {"start": starts[0]})
+    (tmp_path / "one").rename(tmp_path / "moved")
+    fit(task(), replace(LOOP, steps=2), run, {"start": noted(tmp_path / "moved")})
+    for start, words in ((starts[1], f"not from {tmp_path / 'other'} as it is now"), (None, "not from nothing")):
+        with pytest.raises(NestedAttentionError, match=rf"{run} has begun from {tmp_path / 'moved'} and goes on .*{words}.*--out"):
+            fit(task(), replace(LOOP, steps=3), run, {"start": start})
+    assert [line["step"] for line in log(run)] == [1, 2]
+    fit(task(), short, tmp_path / "older", {})
+    (tmp_path / "older/config.json").write_text("{}")  # a run that noted nothing
+    fit(task(), short, tmp_path / "older", {"start": starts[1]})
 
 
 @pytest.mark.parametrize("file", ["progress.json", "average.safetensors", "optimizer.safetensors"])

@@ -16,9 +16,10 @@ from nested_attention.adapters import Adapter, read_config
 from nested_attention.encoder import CLIP_VIT_H, ImageConfig
 from tests import photo_run, tiny
 from tests.photo_files import PLACES, prepared
-from train.adapter import CONFIGS, Job, default_config, read_section
+from train.adapter import CONFIGS, Job, default_config
 from train.loop import LoopConfig, check
 from train.push import Run, card
+from train.settings import read_section
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,18 @@ def test_stages_follow_each_other_draw_grids_and_become_a_card(job: Job) -> None
     assert list(last.glob("**/events.out.tfevents*")) and not list(first.glob("**/events.out.tfevents*"))
     run = Run.read(job.out)
     assert [stage.steps for stage in run.stages] == [2, 1] and run.grids == {2: first / "grids/000002.png", 3: last / "grids/000001.png"}
+    made = json.loads((first / "config.json").read_text())
+    assert (made["photos"], made["start"], made["settings"]["value_norm"]) == (30, None, "full") and "stages" not in made["settings"]
     logged = json.loads((last / "log.jsonl").read_text())
     assert adapter.config.metrics == {"last loss": logged["loss"], "held-out loss": logged["held_out"]}
     text = card(run, "me/man")
-    for row in ("| steps | 3 (2 + 1) |", f"| last loss | {logged['loss']:g} |", f"| held-out loss | {logged['held_out']:g} |"):
+    for row in (
+        "| photos | 30 |",
+        "| processes | 1 |",
+        "| steps | 3 (2 + 1) |",
+        f"| last loss | {logged['loss']:g} |",
+        f"| held-out loss | {logged['held_out']:g} |",
+    ):
         assert row in text
 
 
@@ -82,16 +91,33 @@ def test_an_image_encoder_on_the_hub_is_kept_at_its_commit(job: Job, parts: Path
 
 def test_what_a_job_lacks_is_said_before_the_base_is_loaded(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.adapter, "load_base", None)
-    storybook = {name: value for name, value in job.config.items() if name != "stages"} | {"stages": [{"loop": {}}], "diffusion": {}}
+    first = job.config["stages"][0]
+    storybook = job.config | {"stages": [{"loop": first["loop"]}], "diffusion": {}}
     for wrong, words in (
         (replace(job, data="/nowhere/at/all"), "there is nothing to train on"),
         (replace(job, kind="cat"), r"names <person>: .* or train with --kind person\."),
         (replace(job, data=None), r"this config is for photos, .*; name them with --data\."),
         (replace(job, config=storybook), "this config is for Storybook's own pictures"),
         (replace(job, config=storybook, data=None, kind="dog"), "Storybook has no 'dog'"),
+        (later(job, resolution=100), "the resolution 100 is not a multiple of 64"),
+        (later(job, loop=first["loop"] | {"batch_size": 3, "accumulation": 2}), "a batch of 3 cannot be divided into 2 equal parts"),
+        (
+            later(job, loop=first["loop"] | {"acumulation": 2}),
+            r"unexpected keyword argument 'acumulation'\); correct it, its settings are steps, ",
+        ),
+        (
+            later(job, loop=first["loop"] | {"mixed_precision": "bf16"}),
+            "more than one mixed_precision, 'bf16' and 'no', .* give all of them the",
+        ),
     ):
         with pytest.raises(NestedAttentionError, match=words):
             wrong.run()
+
+
+def later(job: Job, **changes) -> Job:
+    """With another last stage."""
+    first, last = job.config["stages"]
+    return replace(job, config=job.config | {"stages": [first, last | changes]})
 
 
 def test_an_adapter_of_other_sizes_is_no_start(job: Job, tmp_path: Path) -> None:
@@ -109,6 +135,17 @@ def test_an_adapter_goes_on_with_the_lambda_and_under_the_licence_of_its_start(j
     start.save(tmp_path / "start")
     model, _ = replace(job, init=tmp_path / "start", config=job.config | {"licence": "CC-BY-4.0"}).model()
     assert model.adapter.config == replace(start.config, licence=kept)
+
+
+def test_an_adapter_goes_on_with_the_image_encoder_of_its_start(job: Job, parts: Path, tmp_path: Path) -> None:
+    """The config names another one; the start names a folder beside its own, and whose weights it was made of."""
+    start = job.model()[0].adapter
+    start.config = replace(start.config, image_encoder="../eyes", credit="the weights of Ann")
+    start.save(tmp_path / "start")
+    for elsewhere in (parts / "vision", tmp_path / "none"):
+        tiny.vision().save_pretrained(tmp_path / "eyes")
+        model, _ = replace(job, init=tmp_path / "start", config=job.config | {"image_encoder": str(elsewhere)}).model()
+        assert (model.adapter.config.image_encoder, model.adapter.config.credit) == (str(tmp_path / "eyes"), "the weights of Ann")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +167,15 @@ def test_an_adapter_that_has_learned_with_other_settings_is_no_start(job: Job, t
 @pytest.mark.parametrize("kind", ["person", "cat", "vehicle"])
 def test_the_shipped_adapters_are_starts_for_the_shipped_config(kind: str, tmp_path: Path) -> None:
     start = bases.ASSETS / "storybook/adapters" / kind
-    config = read_section(default_config("storybook"))
+    config = read_section(default_config("storybook"), "adapter")
     model, _ = Job(kind, kind, "storybook", None, start, None, tmp_path / "run", config).model()
     assert replace(model.adapter.config, metrics={}) == replace(read_config(start), metrics={})
 
 
 def test_the_config_for_few_photos_differs_in_its_loops_only_and_the_released_adapter_fits_it() -> None:
-    few, paper = (read_section(CONFIGS / name) for name in ("sdxl-few.toml", "sdxl.toml"))
+    few, paper = (read_section(CONFIGS / name, "adapter") for name in ("sdxl-few.toml", "sdxl.toml"))
     for one, other in zip(few["stages"], paper["stages"], strict=True):
         assert one["loop"].keys() == other["loop"].keys() and one["resolution"] == other["resolution"]
-        check(LoopConfig(**one["loop"]), processes=1, sharded=False)
     assert few | {"stages": []} == paper | {"stages": []}
     assert (few["value_norm"], few["framing"], ImageConfig.from_dict(few["image"])) == (
         "full",
@@ -148,12 +184,16 @@ def test_the_config_for_few_photos_differs_in_its_loops_only_and_the_released_ad
     )  # see `released.convert`
 
 
-def test_a_run_that_is_far_too_long_for_its_photos_is_told_another_config(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, said in (
-        ("sdxl-few.toml", ""),
-        ("sdxl.toml", "each of the 30 photos 170666 times; for few photos and one GPU there is --config"),
+def test_a_run_that_is_far_too_long_for_its_photos_is_told_another_config(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = prepared(tmp_path / "fewer", [f"<person> {PLACES[0]}"] * 9)
+    for data, name, said in (
+        (job.data, "sdxl-few.toml", ""),
+        (fewer, "sdxl-few.toml", "each of the 9 photos 2222 times; lower its steps."),
+        (job.data, "sdxl.toml", "each of the 30 photos 170666 times; for few photos and one GPU there is --config"),
     ):
-        replace(job, config=read_section(CONFIGS / name)).photos()
+        replace(job, data=data, config=read_section(CONFIGS / name, "adapter")).photos()
         out = capsys.readouterr().out
         assert said in out and bool(said) == bool(out)
 
@@ -181,8 +221,8 @@ def test_every_base_of_sdxls_architecture_has_a_config(parts: Path) -> None:
     with pytest.raises(NestedAttentionError, match=r"there is no config for the base sd15; write one after .*sdxl\.toml"):
         default_config("sd15")
     with pytest.raises(NestedAttentionError, match=r"is no config with a section \[adapter\]"):
-        read_section(parts / "none.toml")
-    assert all("resolution" in stage for stage in read_section(default_config("sdxl"))["stages"])
+        read_section(parts / "none.toml", "adapter")
+    assert all("resolution" in stage for stage in read_section(default_config("sdxl"), "adapter")["stages"])
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "multinode"])
@@ -190,3 +230,16 @@ def test_accelerate_reads_the_launch_configs(name: str) -> None:
     path = train.adapter.CONFIGS / f"accelerate/{name}.yaml"
     config = load_config_from_file(str(path))
     assert config.num_processes % config.num_machines == 0 and (config.num_machines > 1) == (name == "multinode")
+
+
+@pytest.mark.parametrize(
+    ("name", "launches"), [("storybook", ("ddp", "fsdp", "multinode")), ("sdxl", ("ddp", "fsdp", "multinode")), ("sdxl-few", ())]
+)
+def test_every_stage_of_the_shipped_configs_runs_on_one_process_and_by_the_launch_configs(name: str, launches: tuple[str, ...]) -> None:
+    """The one for few photos is for one GPU."""
+    loops = [LoopConfig.from_dict(stage["loop"]) for stage in read_section(CONFIGS / f"{name}.toml", "adapter")["stages"]]
+    launched = [load_config_from_file(str(CONFIGS / f"accelerate/{launch}.yaml")) for launch in launches]
+    processes = [(1, False), *((config.num_processes, str(config.distributed_type) == "FSDP") for config in launched)]
+    for loop in loops:
+        for count, sharded in processes:
+            check(loop, count, sharded)

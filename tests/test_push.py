@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
     made.config = replace(made.config, base="sd15", image_encoder="../../image_encoder", metrics={"last loss": 0.1, "held-out loss": 0.09})
     made.save(folder / "adapter")
     tiny.vision().save_pretrained(tmp_path / "runs/image_encoder")
-    (folder / "config.json").write_text(json.dumps({"loop": {"steps": 400, "batch_size": 48}, "data": "pictures of Tom"}))
+    (folder / "config.json").write_text(json.dumps({"loop": {"steps": 400, "batch_size": 48}, "processes": 2, "data": "pictures of Tom"}))
     lines = [{"step": step, "loss": 0.5 - step / 1000, "samples_per_s": 13.1, "hours": step / 800} for step in (100, 200, 300, 400)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "grids").mkdir()
@@ -209,18 +209,20 @@ def test_a_card_that_the_hub_does_not_accept_is_said(run: Path, here, hub: HubSe
 def test_a_base_that_is_on_no_hub_is_no_base_model_of_the_card(run: Path, here) -> None:
     config = json.loads((run / "adapter" / CONFIG).read_text())
     (run / "adapter" / CONFIG).write_text(json.dumps(config | {"base": "storybook"}))
-    (run / "config.json").write_text(json.dumps({"loop": {"steps": 400, "batch_size": 48}}))
+    made = json.loads((run / "config.json").read_text())
+    del made["data"]
+    (run / "config.json").write_text(json.dumps(made | {"start": {"folder": "/home/me/runs/keys-cat/adapter", "files": "0"}}))
     assert push(here, run, "me/cat", "--dry-run") == ""
     text = (run / "push/README.md").read_text()
     assert "base_model" not in text and "`storybook`, which comes with the code" in text
-    assert "drawn on the fly" in text
+    assert "drawn on the fly" in text and "| started from | `keys-cat` |" in text
 
 
 def test_faces_are_framed_as_the_card_shows_and_stages_add_up(run: Path, here) -> None:
     config = json.loads((run / "adapter" / CONFIG).read_text())
-    (run / "adapter" / CONFIG).write_text(json.dumps(config | {"framing": "face"}))
+    (run / "adapter" / CONFIG).write_text(json.dumps(config | {"framing": "face", "licence": "CC-BY-4.0", "credit": "the weights of Ann"}))
     (run / "stage-1").mkdir()
-    (run / "stage-1/config.json").write_text(json.dumps({"loop": {"steps": 1000, "batch_size": 64}}))
+    (run / "stage-1/config.json").write_text(json.dumps({"loop": {"steps": 1000, "batch_size": 64}, "processes": 1}))
     (run / "stage-1/log.jsonl").write_text(json.dumps({"step": 1000, "loss": 0.7, "hours": 2.25}) + "\n")
     (run / "stage-1/grids").mkdir()
     (run / "grids/000100.png").rename(run / "stage-1/grids/000500.png")
@@ -229,7 +231,7 @@ def test_faces_are_framed_as_the_card_shows_and_stages_add_up(run: Path, here) -
     for part in (
         "from nested_attention.faces import frame\nfrom nested_attention.images import read_image\n",
         'pipe.encode("cat", frame(read_image("picture.png"), "cat").image)',
-        "| steps | 1,400 (1,000 + 400) |", "| batch size | 64 and 48 |", "| hours | 2.75 |", "| last loss | 0.1 |", "Step 500:", "Step 1,400:",
+        "| steps | 1,400 (1,000 + 400) |", "| batch size | 64 and 48 |", "| hours | 2.75 |", "| processes | 1 and 2 |", "CC-BY-4.0, for the adapter. It was made of the weights of Ann.", "| last loss | 0.1 |", "Step 500:", "Step 1,400:",
     ):  # fmt: skip
         assert part in text
     assert sorted(path.name for path in (run / "push/grids").iterdir()) == ["000500.png", "001300.png", "001400.png"]

@@ -1,13 +1,16 @@
 """Training: what is frozen stays frozen, a run that was stopped goes on exactly, files come back as they were saved."""
 
 import json
+import runpy
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import BitConfig, BitModel
 
 from nested_attention import NestedAttentionError, SubjectCache
@@ -16,7 +19,8 @@ from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_
 from nested_attention.encoding import encode_image, load_image_encoder
 from tests import tiny
 from tests.story_run import LOOP, task
-from train.base import Routing, TextToImage, alignment_loss, routing_loss
+from train.base import BaseTask, Routing, TextToImage, alignment_loss, build, routing_loss, save_forms
+from train.export import export_base
 from train.export import main as export
 from train.judge import Judge, load_judge, save_judge
 from train.keys import KeysLesson, KeysTask, tile_shares
@@ -24,6 +28,7 @@ from train.loop import fit
 from train.objective import Diffusion, FlowObjective, flow_scheduler
 from train.optim import BETAS, orthogonalized
 from train.reader import MARGIN, TILE, ReaderLesson, ReaderTask, tiles
+from train.state import Checkpoint, learning
 from train.whitening import WhitenedAdamW, whitening
 
 
@@ -86,10 +91,15 @@ def test_where_tokens_were_read_from_is_a_probability() -> None:
     torch.testing.assert_close(reading.sum(-1), torch.ones(2, 5))
 
 
+def convolutions(stride: int) -> BitModel:
+    """The architecture of Storybook's image encoder."""
+    torch.manual_seed(2)
+    return BitModel(BitConfig(embedding_size=8, hidden_sizes=[16, 32, tiny.WIDTH], depths=[1, 1, 1], num_groups=4, output_stride=stride))
+
+
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_any_image_model_gives_features_that_have_places(convolutional: bool, tmp_path: Path) -> None:
-    sizes = BitConfig(embedding_size=8, hidden_sizes=[16, 32, tiny.WIDTH], depths=[1, 1, 1], num_groups=4, output_stride=8)
-    (BitModel(sizes) if convolutional else tiny.vision()).save_pretrained(tmp_path)
+    (convolutions(8) if convolutional else tiny.vision()).save_pretrained(tmp_path)
     encoder = load_image_encoder(tmp_path).eval()
     features = image_features(encoder, torch.randn(1, 3, 32, 32), -1)
     assert features.shape == (1, 16 if convolutional else 17, feature_dim(encoder))
@@ -126,10 +136,48 @@ def test_watched_attention_is_stock_attention() -> None:
     noisy, ids = torch.randn(2, 192, 16, 16), tiny.tokenizer()(["a cat", "a man"], padding="max_length", return_tensors="pt").input_ids
     timesteps = torch.tensor([100.0, 700.0])
     plain = stock.unet(noisy, timesteps, stock.text_encoder(ids).last_hidden_state).sample
-    watched, seen, told = TextToImage(stock.unet, stock.text_encoder, 24)(noisy, timesteps, ids)
-    assert told.shape[:2] == (2, 24)
+    model = TextToImage(stock.unet, stock.text_encoder, convolutions(16))
+    watched, seen, told = model(noisy, timesteps, ids)
+    assert told.shape[:2] == (2, tiny.WIDTH)
     torch.testing.assert_close(plain, watched, atol=1e-4, rtol=1e-4)
     assert all(torch.allclose(shares.sum(-1), torch.ones(shares.shape[:-1])) for shares in seen)
+
+
+@torch.no_grad()
+def test_sample_grids_leave_nothing_behind_in_the_model() -> None:
+    model = base_task().model
+    noisy, timesteps, ids = torch.randn(1, 192, 16, 16), torch.tensor([100.0]), torch.zeros(1, 48, dtype=torch.long)
+    told = model(noisy, timesteps, ids)[2]
+    before = weakref.ref(model.middle)
+    model.unet(noisy + 1, timesteps, model.text_encoder(ids).last_hidden_state)
+    assert before() is None and torch.equal(model(noisy, timesteps, ids)[2], told)
+
+
+def base_task() -> BaseTask:
+    stock = tiny.storybook()
+    model = TextToImage(stock.unet, stock.text_encoder, convolutions(16))
+    return BaseTask(model, stock.tokenizer, 8, Diffusion(), Routing(), 0.5)
+
+
+def test_all_that_a_base_computes_with_goes_where_the_model_goes() -> None:
+    """On "meta", where there are shapes and no numbers, so that the first number is asked for when all is computed."""
+    made = base_task()
+    batch = {key: value[None].to("meta") for key, value in made.dataset(1)[0].items()}
+    made.model.to("meta")
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        made.loss(made.model, batch)
+
+
+def test_white_coordinates_and_grids_are_made_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.storybook.task.HELD_OUT", 2)
+    made = task()
+    made.model.to("meta")
+    assert {value.device.type for value in made.white().values()} == {"meta"}
+    lesson = ReaderTask(reader_lesson(), "person")
+    lesson.model.to("meta")
+    monkeypatch.setattr(lesson, "held_out", lambda: DataLoader(lesson.dataset(2), 2))
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        lesson.grid()
 
 
 def test_the_middle_is_asked_for_what_the_image_encoder_sees() -> None:
@@ -139,9 +187,13 @@ def test_the_middle_is_asked_for_what_the_image_encoder_sees() -> None:
     assert alignment_loss(own, features) < 1e-6 < alignment_loss(own.roll(1, 0), features)
 
 
-def test_a_reader_learns_to_tell_of_portraits(tmp_path: Path) -> None:
+def reader_lesson() -> ReaderLesson:
     sizes = QFormerConfig(num_tokens=16, width=32, depth=1, heads=2, head_dim=16, feature_dim=tiny.WIDTH, output_dim=32)
-    made = ReaderTask(ReaderLesson(tiny.vision(128), QFormer(sizes), "person"), "person")
+    return ReaderLesson(tiny.vision(128), QFormer(sizes), "person")
+
+
+def test_a_reader_learns_to_tell_of_portraits(tmp_path: Path) -> None:
+    made = ReaderTask(reader_lesson(), "person")
     sample = made.dataset(1)[0]
     again = F.fold(tiles(sample["portrait"][None]).mT, made.side, TILE + 2 * MARGIN, padding=MARGIN, stride=TILE)
     assert again.shape == (1, 4, made.side, made.side) and sample["weights"].shape == (1, made.side, made.side)
@@ -215,7 +267,7 @@ def test_whitened_adamw_is_adamw_behind_white_inputs() -> None:
 
 def test_only_storybooks_adapters_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = tiny.adapter(tiny.stock("sd").unet, "cat")
-    for run, base in (("adapter-cat", "storybook"), ("adapter-person", "sdxl")):
+    for run, base in (("adapter-cat-2", "storybook"), ("adapter-person", "sdxl")):
         made.config = replace(made.config, base=base)
         made.save(tmp_path / "runs" / run / "adapter")
     config = "train/configs/storybook.toml"
@@ -223,12 +275,71 @@ def test_only_storybooks_adapters_are_exported(tmp_path: Path, monkeypatch: pyte
     export()
     assert [path.name for path in (tmp_path / "out/adapters").iterdir()] == ["cat"]
     assert "runs/adapter-person/adapter is left out, since its base is sdxl; `python -m train.push" in capsys.readouterr().out
+    made.config = replace(made.config, base="storybook")
+    made.save(tmp_path / "runs/adapter-cat/adapter")
+    with pytest.raises(NestedAttentionError, match=r"adapter-cat/adapter and .*adapter-cat-2/adapter are both for cat; move the one"):
+        export()
+
+
+def checkpoint(model: torch.nn.Module, run: Path) -> dict[str, torch.Tensor]:
+    """A run's, with an average that is not what the model has; returns that."""
+    average = {name: value.detach() + 0.5 for name, value in learning(model).items()}
+    Checkpoint(run / "state").save(dict.fromkeys(("model", "average", "optimizer"), average), {"step": 7, "seconds": 60})
+    return average
+
+
+def test_the_average_of_a_base_is_exported_with_the_tokenizer_that_it_learned_with(tmp_path: Path) -> None:
+    made, run = base_task(), tmp_path / "base"
+    with pytest.raises(NestedAttentionError, match=r"unet, text_encoder or tokenizer in .*base is missing or damaged"):
+        export_base({"patch": 8}, run, tmp_path / "out")
+    average = checkpoint(made.model, run)
+    save_forms(made.model.unet, made.model.text_encoder, made.tokenizer, run)
+    export_base({"patch": 8}, run, tmp_path / "out")
+    (tmp_path / "out/vae/patches.py").write_text("")  # only from `assets` is it run
+    unet, text_encoder, tokenizer = build({}, Path(), tmp_path / "out")
+    assert tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    for name, part in {"unet": unet, "text_encoder": text_encoder}.items():
+        assert all(torch.equal(value, average[f"{name}.{key}"].half().float()) for key, value in part.named_parameters())
+
+
+def test_the_average_of_a_judge_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    average = checkpoint(Judge(), tmp_path / "runs/judge")
+    arguments = [
+        "train.export",
+        "--config",
+        "train/configs/storybook.toml",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    export()
+    assert all(torch.equal(value, average[name].half().float()) for name, value in load_judge(tmp_path / "out/judge").named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["base", "encoder", "export", "judge", "keys", "reader", "text"])
+def test_every_command_says_in_a_sentence_what_it_lacks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ["--kind", "cat"] if name in ("keys", "reader") else []
+    monkeypatch.setattr(sys, "argv", [name, "--config", str(tmp_path / "none.toml"), *kind])
+    with pytest.raises(SystemExit, match=r"none\.toml is no config with a section \["):
+        runpy.run_module(f"train.{name}", run_name="__main__")
+
+
+def test_a_base_needs_something_to_start_from(tmp_path: Path) -> None:
+    with pytest.raises(NestedAttentionError, match=r"text holds no tokenizer and text encoder to start from, .*make them with `python -m"):
+        build({}, tmp_path / "text")
 
 
 def test_a_damaged_judge_is_named(tmp_path: Path) -> None:
     made = Judge((8, 16), 4)
     save_judge(made, tmp_path / "judge")
     again = load_judge(tmp_path / "judge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.judge.questions", lambda: {"kind": ("cat", "dog", "person", "vehicle")})
+        with pytest.raises(NestedAttentionError, match=r"judge answers other questions than this world has, .*python -m train\.judge"):
+            load_judge(tmp_path / "judge")
     assert all(torch.equal(value, made.state_dict()[name].half()) for name, value in again.half().state_dict().items())
     config = tmp_path / "judge/config.json"
     for damage in (lambda: config.write_text('{"widths": [8'), lambda: config.write_text("{}"), config.unlink):

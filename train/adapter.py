@@ -6,12 +6,11 @@
 `--data` is a folder from `train.prepare`, a data set, or tar shards (`train.photos.sources`). Reads the section `[adapter]`
 of the config, which is `train/configs/BASE.toml` if not given; its stages follow each other, each a run of its own below the
 last. `--init` starts from another adapter than the config's `start`, which has had its first lessons (`train.reader`,
-`train.keys`), and keeps its lambda and its licence.
+`train.keys`), and keeps its image encoder, its lambda and its licence.
 Several GPUs: `accelerate launch --config_file train/configs/accelerate/ddp.yaml -m train.adapter ...`.
 """
 
 import argparse
-import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,13 @@ from train.loop import LoopConfig, Share, fit, last_logged
 from train.objective import Diffusion
 from train.personalizer import AdapterTask, Personalizer
 from train.photos.cache import FeatureCache
+from train.photos.dataset import buckets
 from train.photos.sample import Source
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
-from train.processes import this_process
+from train.processes import asked_to_shard, this_process
+from train.settings import check, read_section
+from train.start import noted
 
 CONFIGS = Path(__file__).parent / "configs"
 METRICS = {"loss": "last loss", "held_out": "held-out loss"}  # in the log -> in the adapter's config
@@ -65,16 +67,16 @@ class Job:
         preset, stock = load_base(self.base, dtype)
         if config.get("checkpointing"):
             stock.unet.enable_gradient_checkpointing()
-        comes_along, source = (preset.adapters or Path()) / self.kind, config["image_encoder"]
-        revision = commit_of(source) if on_hub(comes_along, source) else None
-        start = self.start()
+        comes_along, start = (preset.adapters or Path()) / self.kind, self.start()
         described = AdapterConfig(
-            self.kind, self.word, preset.name, source, config.get("image_subfolder", ""), revision,
+            self.kind, self.word, preset.name, config["image_encoder"], config.get("image_subfolder", ""),
             value_norm=config["value_norm"], lam=config["lam"], licence=config["licence"], image=ImageConfig.from_dict(config["image"]),
             framing=config.get("framing", "whole") if self.kind in SEARCHES else "whole",  # as `train.prepare` makes references
         )  # fmt: skip
         if start is not None:
-            described = going_on(described, start)
+            described = going_on(described, start, preset.adapters)
+        if described.image_revision is None and on_hub(comes_along, described.image_encoder):
+            described = replace(described, image_revision=commit_of(described.image_encoder))
         encoder = ImageEncoders({self.kind: comes_along}, device, dtype).get(described)
         width = stock.unet.config.cross_attention_dim
         sizes = QFormerConfig(**config["qformer"], feature_dim=feature_dim(encoder), output_dim=width)
@@ -123,13 +125,32 @@ class Job:
                 "this config is for Storybook's own pictures, its stages have no resolution; name a base for photos, such as --base sdxl, "
                 "or leave out --data."
             )
-        source, loops = open_source(self.data, self.kind), [stage["loop"] for stage in self.config["stages"]]
-        if (often := sum(loop["steps"] * loop["batch_size"] for loop in loops) // len(source)) > OFTEN:
-            this_process().print(
-                f"this config would show each of the {len(source)} photos {often} times; for few photos and one GPU there is "
-                "--config train/configs/sdxl-few.toml."
-            )
+        source, samples = open_source(self.data, self.kind), count_samples(self.config)
+        if (often := samples // len(source)) > OFTEN:
+            few = CONFIGS / "sdxl-few.toml"
+            shorter = f"for few photos and one GPU there is --config {few}" if samples > count_samples(read_section(few, "adapter")) else ""
+            this_process().print(f"this config would show each of the {len(source)} photos {often} times; {shorter or 'lower its steps'}.")
         return source
+
+    def loops(self) -> list[LoopConfig]:
+        """The settings of all stages; what the last one cannot do is said before the first one has run for days.
+
+        Raises:
+            NestedAttentionError: a setting cannot be used.
+        """
+        stages = self.config["stages"]
+        loops = [LoopConfig.from_dict(stage["loop"]) for stage in stages]
+        for loop in loops:
+            check(loop, this_process().num_processes, asked_to_shard())
+        if len(precisions := {loop.mixed_precision for loop in loops}) > 1:
+            raise NestedAttentionError(
+                f"the stages name more than one mixed_precision, {' and '.join(sorted(map(repr, precisions)))}, but all run in one process; "
+                "give all of them the same."
+            )
+        for stage in stages:
+            if "resolution" in stage:
+                buckets(stage["resolution"])
+        return loops
 
     def task(self, model: Personalizer, pipe: NestedAttentionPipeline, photos: Source | None, stage: dict[str, Any]) -> AdapterTask:
         if photos is None:
@@ -144,9 +165,14 @@ class Job:
         Raises:
             NestedAttentionError: photos, base, a setting or a checkpoint cannot be used; the disk is full.
         """
-        photos = self.photos()  # before the base is fetched, which takes longest
+        loops, photos, start = self.loops(), self.photos(), self.start()  # before the base is fetched, which takes longest
+        made_of = {
+            "data": self.data or "Storybook", "photos": None if photos is None else len(photos),
+            "start": None if start is None else noted(start),
+            "settings": {name: value for name, value in self.config.items() if name != "stages"},
+        }  # fmt: skip
         state, learned = this_process(), None
-        for number, stage in enumerate(stages := self.config["stages"], 1):
+        for number, (stage, loop) in enumerate(zip(stages := self.config["stages"], loops, strict=True), 1):
             folder = self.out if number == len(stages) else self.out / f"stage-{number}"
             torch.manual_seed(0)
             model, pipe = self.model()
@@ -156,8 +182,7 @@ class Job:
             if isinstance(task, PhotoTask) and task.cache is not None:
                 task.cache_features(Share(rank=state.process_index, processes=state.num_processes))
                 state.wait_for_everyone()
-            described = {"data": self.data or "Storybook", "stage": stage, "adapter": asdict(model.adapter.config)}
-            learned = fit(task, LoopConfig(**stage["loop"]), folder, described)
+            learned = fit(task, loop, folder, made_of | {"stage": stage, "adapter": asdict(model.adapter.config)})
         assert learned is not None
         if state.is_main_process:
             logged = last_logged(self.out)
@@ -184,10 +209,16 @@ def storybook_kinds() -> tuple[str, ...]:
     return tuple(KINDS)
 
 
-def going_on(described: AdapterConfig, start: Path) -> AdapterConfig:
-    """`described`, where it goes on from the adapter in the folder `start`: with its lambda, and under its licence.
+def count_samples(config: dict[str, Any]) -> int:
+    """How many samples all stages of a section `[adapter]` train on."""
+    return sum(stage["loop"]["steps"] * stage["loop"]["batch_size"] for stage in config["stages"])
 
-    MIT leaves the licence to the config; any other one binds what is made of the adapter.
+
+def going_on(described: AdapterConfig, start: Path, shipped: Path | None) -> AdapterConfig:
+    """`described`, where it goes on from the adapter in the folder `start`: with its image encoder, its lambda, and under its licence.
+
+    A folder that the start names is named as it is if it lies so from the adapters that come with the base, in `shipped`; else by
+    its whole path. MIT leaves the licence to the config; any other one binds what is made of the adapter, and so does its credit.
 
     Raises:
         NestedAttentionError: the adapter in `start` has learned with other settings, or its config is missing or damaged.
@@ -204,7 +235,15 @@ def going_on(described: AdapterConfig, start: Path) -> AdapterConfig:
             f"the adapter in {start} has learned with {name} {before[name]!r}, and this run would go on with {now[name]!r}; write the former "
             "into the section [adapter] of the config, or start from another adapter."
         )
-    return replace(described, lam=known.lam, licence=described.licence if known.licence == "MIT" else known.licence)
+    encoder = known.image_encoder
+    comes_along = shipped is not None and (shipped / described.kind / encoder).resolve().is_dir()
+    if not on_hub(start, encoder) and not comes_along:
+        encoder = str((start / encoder).resolve())
+    licence = described.licence if known.licence == "MIT" else known.licence
+    return replace(
+        described, image_encoder=encoder, image_subfolder=known.image_subfolder, image_revision=known.image_revision, lam=known.lam,
+        licence=licence, credit=known.credit,
+    )  # fmt: skip
 
 
 def default_config(base: str) -> Path:
@@ -221,18 +260,6 @@ def default_config(base: str) -> Path:
     raise NestedAttentionError(f"there is no config for the base {base}; write one after {there['sdxl']} and name it with --config.")
 
 
-def read_section(path: Path) -> dict[str, Any]:
-    """The section `[adapter]` of a config.
-
-    Raises:
-        NestedAttentionError: it cannot be read.
-    """
-    try:
-        return tomllib.loads(path.read_text())["adapter"]
-    except (OSError, ValueError, KeyError) as error:
-        raise NestedAttentionError(f"{path} is no config with a section [adapter] ({error}); check the path and the file.") from error
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, help="train/configs/BASE.toml if not given; for others of SDXL's architecture sdxl.toml")
@@ -247,7 +274,7 @@ def main() -> None:
     out = options.out or Path(f"runs/adapter-{options.kind}")
     word = options.word or options.kind
     with spoken_at_exit():
-        config = read_section(options.config or default_config(options.base))
+        config = read_section(options.config or default_config(options.base), "adapter")
         folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
     this_process().print(f"the adapter is in {folder}")
 

@@ -10,7 +10,6 @@ marking are few, and without being asked for them a small model draws the mean o
 """
 
 import argparse
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,16 +20,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import BitModel, CLIPTextModel, CLIPTokenizer
+from transformers import BitModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from nested_attention.bases import ASSETS
 from nested_attention.encoder import feature_dim
+from nested_attention.errors import NestedAttentionError, get_back, spoken_at_exit
+from nested_attention.files import replaced
 from train.grids import sample_grid
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective, empty_where, flow_scheduler, weighted_mean
+from train.processes import this_process
+from train.settings import read_section
+from train.start import check_start, noted
 from train.storybook.dataset import Pictures
 
 GRID_PROMPTS = (
@@ -75,26 +80,34 @@ class WatchedCrossAttention:
 
 
 class TextToImage(nn.Module):
-    """U-Net and text encoder as one trainable thing: noisy patches, timesteps and token ids in; clean patches out."""
+    """U-Net and text encoder as one trainable thing: noisy patches, timesteps and token ids in; clean patches out.
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, features: int):
+    `image_encoder`: frozen, whose features the middle should tell.
+    """
+
+    middle: Tensor  # what the U-Net's middle block made last
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, image_encoder: BitModel):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
-        middle = unet.config.block_out_channels[-1]
+        self.image_encoder = image_encoder.eval().requires_grad_(False)
+        middle, features = unet.config.block_out_channels[-1], feature_dim(image_encoder)
         self.align = nn.Sequential(nn.Conv2d(middle, features, 1), nn.SiLU(), nn.Conv2d(features, features, 1))
-        self.middle: list[Tensor] = []
-        unet.mid_block.register_forward_hook(lambda _, inputs, out: self.middle.append(out))
+        unet.mid_block.register_forward_hook(self.keep_middle)
         self.watched = [WatchedCrossAttention() for name in unet.attn_processors if "attn2" in name]
         watched = iter(self.watched)
         unet.set_attn_processor({
             name: next(watched) if "attn2" in name else processor for name, processor in unet.attn_processors.items()
         })  # fmt: skip
 
+    def keep_middle(self, block: nn.Module, inputs: tuple, out: Tensor) -> None:
+        self.middle = out
+
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """The clean picture, the attention of every layer, and what the middle tells of the image encoder's features `(B, F, h, w)`."""
         states = self.text_encoder(input_ids).last_hidden_state
         clean = self.unet(noisy, timesteps, states).sample
-        return clean, [processor.seen for processor in self.watched], self.align(self.middle.pop())
+        return clean, [processor.seen for processor in self.watched], self.align(self.middle)
 
 
 def routing_loss(seen: list[Tensor], names: Tensor, masks: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +142,6 @@ class BaseTask(Task):
     diffusion: Diffusion
     routing: Routing
     alignment: float  # weight of this term in the loss
-    image_encoder: BitModel
 
     def dataset(self, length: int) -> Dataset:
         return Pictures("train", self.tokenizer, length, self.diffusion)
@@ -143,7 +155,7 @@ class BaseTask(Task):
         velocity = weighted_mean(error, batch["weights"])
         names = batch["names"] & ~batch["drop"][:, None, None]
         routed, share = routing_loss(seen, names, batch["masks"], self.routing.floor)
-        strange = alignment_loss(told, self.image_encoder(pixels).last_hidden_state)
+        strange = alignment_loss(told, self.model.image_encoder(pixels).last_hidden_state)
         logs = {"velocity": float(velocity.detach()), "routing": float(routed.detach()), "share": float(share)}
         logs["strange"] = float(strange.detach())
         return velocity + self.routing.weight * routed + self.alignment * strange, logs
@@ -159,24 +171,60 @@ class BaseTask(Task):
 
 def image_encoder() -> BitModel:
     """The shipped one: it is trained before the base."""
-    return BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float().eval().requires_grad_(False)
+    return BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float()
 
 
-def build(config: dict, text_run: Path, features: int, init: Path | None = None) -> tuple[TextToImage, CLIPTokenizer]:
-    """Text encoder and tokenizer as `train.text` left them with a new U-Net, or all as in the pipeline folder `init`."""
+def build(config: dict, text_run: Path, init: Path | None = None) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
+    """Text encoder and tokenizer as `train.text` left them with a new U-Net, or all as in the pipeline folder `init`.
+
+    Raises:
+        NestedAttentionError: they are missing or damaged.
+    """
     source = init or text_run
-    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder").float()
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder").float()
+        if init:
+            return UNet2DConditionModel.from_pretrained(init / "unet").float(), text_encoder, tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise NestedAttentionError(
+            f"{source} holds no tokenizer and text encoder{' and U-Net' if init else ''} to start from, or damaged ones ({error}); make them "
+            "with `python -m train.text`, or name another folder with --text, or a base with --init, such as assets/storybook/base."
+        ) from error
     channels = 3 * config["patch"] ** 2
-    unet = (
-        UNet2DConditionModel.from_pretrained(init / "unet").float()
-        if init
-        else UNet2DConditionModel(
-            sample_size=config["resolution"] // config["patch"], in_channels=channels, out_channels=channels,
-            cross_attention_dim=text_encoder.config.hidden_size, **config["unet"],
-        )
+    unet = UNet2DConditionModel(
+        sample_size=config["resolution"] // config["patch"], in_channels=channels, out_channels=channels,
+        cross_attention_dim=text_encoder.config.hidden_size, **config["unet"],
     )  # fmt: skip
-    return TextToImage(unet.to(memory_format=torch.channels_last), text_encoder, features), tokenizer
+    return unet, text_encoder, tokenizer
+
+
+def save_forms(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, run: Path) -> None:
+    """Writes into the folder of a run what its checkpoint does not hold: the tokenizer and the sizes, which its start decided.
+
+    Raises:
+        NestedAttentionError: the disk is full.
+    """
+    with replaced(run / "unet") as fresh:
+        unet.save_config(fresh)
+    with replaced(run / "text_encoder") as fresh:
+        text_encoder.config.save_pretrained(fresh)
+    with replaced(run / "tokenizer") as fresh:
+        tokenizer.save_pretrained(fresh)
+
+
+def read_forms(run: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
+    """What `save_forms` wrote, with weights that are yet to be read from the checkpoint.
+
+    Raises:
+        NestedAttentionError: it is missing or damaged.
+    """
+    try:
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(run / "unet"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(run / "text_encoder"))
+        return unet, text_encoder, CLIPTokenizer.from_pretrained(run / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise NestedAttentionError(f"unet, text_encoder or tokenizer in {run} is missing or damaged ({error}); {get_back(run)}.") from error
 
 
 def main() -> None:
@@ -186,14 +234,20 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="pipeline folder to go on from, such as assets/storybook/base")
     parser.add_argument("--out", type=Path, default=Path("runs/base"))
     options = parser.parse_args()
-    config = tomllib.loads(options.config.read_text())["base"]
+    config = read_section(options.config, "base")
     torch.manual_seed(0)
     encoder = image_encoder()
-    model, tokenizer = build(config, options.text, feature_dim(encoder), options.init)
+    unet, text_encoder, tokenizer = build(config, options.text, options.init)
+    model = TextToImage(unet.to(memory_format=torch.channels_last), text_encoder, encoder)
     diffusion, routing = Diffusion(**config["diffusion"]), Routing(**config["routing"])
-    task = BaseTask(model, tokenizer, config["patch"], diffusion, routing, config["alignment"], encoder)
-    fit(task, LoopConfig(**config["loop"]), options.out, {**config, "routing": asdict(routing)})
+    task = BaseTask(model, tokenizer, config["patch"], diffusion, routing, config["alignment"])
+    start = noted(options.init) if options.init else noted(options.text, "tokenizer", "text_encoder")
+    check_start(options.out, start)  # `fit` does too, but what is saved here would by then have another tokenizer beside it
+    if this_process().is_main_process:
+        save_forms(unet, text_encoder, tokenizer, options.out)
+    fit(task, LoopConfig.from_dict(config["loop"]), options.out, {**config, "routing": asdict(routing), "start": start})
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

@@ -7,7 +7,6 @@ layer.
 """
 
 import argparse
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from torch.utils.data import Dataset
 from transformers import BitConfig, BitModel
 
 from nested_attention.encoder import QFormer, QFormerConfig, image_features
+from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
+from train.settings import read_section
 from train.storybook.kinds import KINDS
 from train.storybook.labels import questions
 from train.storybook.pairs import Pairs
@@ -109,18 +110,16 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"))
     options = parser.parse_args()
-    whole = tomllib.loads(options.config.read_text())
-    config = whole["encoder"]
+    config, adapter, text = (read_section(options.config, name) for name in ("encoder", "adapter", "text"))
     torch.manual_seed(0)
     encoder = BitModel(BitConfig(**config["model"]))
-    sizes = QFormerConfig(
-        **whole["adapter"]["qformer"], feature_dim=encoder.config.hidden_sizes[-1], output_dim=whole["text"]["model"]["width"]
-    )
+    sizes = QFormerConfig(**adapter["qformer"], feature_dim=encoder.config.hidden_sizes[-1], output_dim=text["model"]["width"])
     lesson = EncoderLesson(encoder, QFormer(sizes))
-    lesson.load_state_dict(fit(EncoderTask(lesson), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    lesson.load_state_dict(fit(EncoderTask(lesson), LoopConfig.from_dict(config["loop"]), options.out, config), strict=False)
     with replaced(options.out / "image_encoder") as fresh:
         lesson.encoder.save_pretrained(fresh)
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

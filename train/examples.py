@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nested_attention import NestedAttentionPipeline
+from nested_attention.errors import spoken_at_exit
+from nested_attention.files import replaced
 from nested_attention.prompts import slot_names
 from nested_attention.ui.examples import FOLDER
 from nested_attention.ui.studio import provenances
@@ -48,14 +50,14 @@ def reference(kind: str, name: str) -> Image.Image:
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     pipe = NestedAttentionPipeline.from_pretrained("storybook")
     entries = []
     for number, plan in enumerate(PLANS):
         subjects, slots = [], []
         for (kind, name), placeholder in zip(plan.cast, slot_names([kind for kind, _ in plan.cast]), strict=True):
             file = f"{name}.png"
-            reference(kind, name).save(FOLDER / file)
+            with replaced(FOLDER / file) as fresh:
+                reference(kind, name).save(fresh, "png")
             subjects.append(pipe.encode(kind, FOLDER / file, placeholder))
             slots.append({"kind": kind, "files": [file]})
         generation = pipe(plan.prompt, subjects, num_images=4, seed=plan.seed)
@@ -64,8 +66,10 @@ def main() -> None:
             made.save(image, FOLDER / file)
         entries.append({"title": plan.title, "prompt": plan.prompt, "seed": plan.seed, "slots": slots, "results": results})
         print(f"{plan.title}: {plan.prompt}", flush=True)
-    (FOLDER / "examples.json").write_text(json.dumps(entries, indent=1) + "\n")
+    with replaced(FOLDER / "examples.json") as fresh:
+        fresh.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

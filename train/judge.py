@@ -8,7 +8,6 @@ accuracy on those is printed with every result.
 
 import argparse
 import json
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nested_attention.adapters import read_weights
-from nested_attention.errors import NestedAttentionError, get_back
+from nested_attention.errors import NestedAttentionError, get_back, spoken_at_exit
 from nested_attention.files import replaced
 from train.encoder import answer_loss, find_each_other
 from train.loop import Batch, LoopConfig, Task, fit
+from train.settings import read_section
+from train.start import noted
 from train.storybook.labels import questions
 from train.storybook.pairs import Pairs
 
@@ -74,7 +75,7 @@ def load_judge(folder: Path) -> Judge:
     """The judge that `save_judge` has written, only to be asked.
 
     Raises:
-        NestedAttentionError: a file is missing or damaged.
+        NestedAttentionError: a file is missing or damaged, or the judge answers other questions than there are now.
     """
     tensors, path = read_weights(folder / "judge.safetensors"), folder / "config.json"
     try:
@@ -82,7 +83,13 @@ def load_judge(folder: Path) -> Judge:
         judge = Judge(tuple(config["widths"]), config["embedding"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NestedAttentionError(f"{path} is missing or damaged ({error}); {get_back(path)}.") from error
-    judge.load_state_dict(tensors)
+    try:
+        judge.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise NestedAttentionError(
+            f"the judge in {folder} answers other questions than this world has, or its config is that of another one; train it anew with "
+            f"`python -m train.judge`, or {get_back(folder)}."
+        ) from error
     return judge.eval().requires_grad_(False)
 
 
@@ -106,7 +113,7 @@ class JudgeTask(Task):
 
 @torch.no_grad()
 def accuracy(judge: Judge, pairs: Pairs) -> dict[str, float]:
-    """Share of right answers per question, and how often the reference finds its partner among the first 100."""
+    """Share of right answers per question, and how often the reference finds its partner among the first 100; on the CPU."""
     logits: list[list[Tensor]] = []
     embeddings: list[Tensor] = []
     truth: list[np.ndarray] = []
@@ -135,15 +142,18 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="judge folder to go on from, such as assets/storybook/judge")
     parser.add_argument("--out", type=Path, default=Path("runs/judge"))
     options = parser.parse_args()
-    config = tomllib.loads(options.config.read_text())["judge"]
+    config = read_section(options.config, "judge")
     torch.manual_seed(0)
     judge = load_judge(options.init).requires_grad_() if options.init else Judge()
-    judge.load_state_dict(fit(JudgeTask(judge), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    described = {**config, "start": noted(options.init) if options.init else None}
+    judge.load_state_dict(fit(JudgeTask(judge), LoopConfig.from_dict(config["loop"]), options.out, described), strict=False)
     save_judge(judge, options.out / "judge")
-    unseen = accuracy(judge, Pairs("validation", 1024, blurred=False))
-    (options.out / "accuracy.json").write_text(json.dumps(unseen, indent=1) + "\n")
+    unseen = accuracy(judge.cpu(), Pairs("validation", 1024, blurred=False))
+    with replaced(options.out / "accuracy.json") as fresh:
+        fresh.write_text(json.dumps(unseen, indent=1) + "\n")
     print(json.dumps(unseen, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

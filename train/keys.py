@@ -19,11 +19,13 @@ from torch.utils.data import Dataset
 
 from nested_attention.adapters import cross_attention_layers, read_weights, save_adapter
 from nested_attention.attention import attention_logits
+from nested_attention.errors import spoken_at_exit
 from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective
 from train.personalizer import Personalizer
 from train.reader import asked_for
+from train.settings import read_section
 from train.storybook.personal import PersonalPictures
 from train.storybook.scenes import CANVAS
 
@@ -95,16 +97,18 @@ class KeysTask(Task):
 
 
 def main() -> None:
-    kind, out, whole = asked_for("keys", __doc__)
-    config = {name: value for name, value in whole["adapter"].items() if name != "start"}
+    kind, out, path = asked_for("keys", __doc__)
+    lesson = read_section(path, "keys")
+    config = {name: value for name, value in read_section(path, "adapter").items() if name != "start"}
     torch.manual_seed(0)
     model, _ = Job(kind, kind, "storybook", None, None, None, out, config).model()
-    model.adapter.qformer.load_state_dict(read_weights(Path(whole["keys"]["reader"].format(kind=kind))))
+    model.adapter.qformer.load_state_dict(read_weights(Path(lesson["reader"].format(kind=kind))))
     task = KeysTask(KeysLesson(model), kind, Diffusion(**config["diffusion"]))
-    learned = fit(task, LoopConfig(**whole["keys"]["loop"]), out, {"adapter": asdict(model.adapter.config)})
+    learned = fit(task, LoopConfig.from_dict(lesson["loop"]), out, {"adapter": asdict(model.adapter.config)})
     task.model.load_state_dict(learned, strict=False)
     save_adapter(out / "adapter", model.adapter.config, model.adapter.state_dict(), torch.float32)
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

@@ -2,7 +2,9 @@
 
 A run is a folder: `config.json`, `log.jsonl` (one line a tick), `state/` (the last checkpoint) and `grids/`.
 The same command resumes it. Sample `n` of the run is a function of `n`, so a run that was stopped goes on exactly, and
-several processes (`accelerate launch`) take the samples of a batch in turn and together do what one would.
+several processes (`accelerate launch`) take the samples of a batch in turn. Together they do what one would where the loss is
+a mean over samples, as on photos. What sets the samples of a batch against each other sees those of one process and one of the
+`accumulation` passes: pairs in the encoder's and the judge's training, routing and alignment in the base's, and what is `even`.
 """
 
 import json
@@ -30,6 +32,7 @@ from train.feed import feed
 from train.optim import build_optimizers
 from train.processes import asked_to_shard, shard, synchronize, this_process
 from train.settings import LoopConfig, check, spoken_memory
+from train.start import check_start
 from train.state import Average, Checkpoint, learning, load_optimizer_tensors, load_weights, optimizer_tensors, whole
 
 Batch = dict[str, Tensor]
@@ -56,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch, a mean over its samples, and numbers for the log."""
+        """The loss of a batch, or of the part of one that comes in one pass, and numbers for the log."""
 
     def batches(self, config: LoopConfig, share: Share) -> Iterator[list[int]]:
         """Indices into the dataset for every batch of this process; all batches of a step come one after the other."""
@@ -102,6 +105,8 @@ class Trainer:
         self.checkpoint = Checkpoint(folder / "state")
         self.step, self.seconds = 0, 0.0
         self.resume()
+        if self.accelerator.is_main_process:
+            self.shorten_log()
         self.prepared = self.model if sharded else self.accelerator.prepare(self.model)
         self.forward = torch.compile(self.prepared) if config.compile else self.prepared
         self.sums: dict[str, float] = {}  # of what is logged, since `tick`
@@ -120,6 +125,17 @@ class Trainer:
             load_weights(self.average.current, tensors["model"])
             load_weights(self.average.tensors, tensors["average"])
             load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+
+    def shorten_log(self) -> None:
+        """Takes away the lines of steps behind the checkpoint, which the run now does again.
+
+        Raises:
+            NestedAttentionError: the disk is full.
+        """
+        if (log := self.folder / LOG).exists():
+            with replaced(log) as fresh:
+                lines = log.read_text().splitlines(keepends=True)
+                fresh.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def save(self) -> None:
         """Writes the checkpoint.
@@ -141,7 +157,7 @@ class Trainer:
         """
         accelerator, parts = self.accelerator, self.config.accumulation
         for part in range(parts):
-            batch = {key: value.to(self.device) for key, value in next(batches).items()}
+            batch = moved(next(batches), self.device)
             last = part == parts - 1
             synchronize(self.model, last)
             with training_attention(self.device), nullcontext() if last or self.sharded else accelerator.no_sync(self.prepared):
@@ -216,20 +232,23 @@ class Trainer:
 def fit(task: Task, config: LoopConfig, folder: Path, description: dict[str, Any]) -> dict[str, Tensor]:
     """Trains `task.model` up to `config.steps`. Returns the moving average of what learned, by parameter, on the CPU.
 
-    `description` is written next to the run, so that anyone can see how it was made.
+    `description` is written next to the run, so that anyone can see how it was made; "start" in it is `train.start.noted`.
 
     Raises:
-        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot, or a sample; the disk is
-            full, or the memory; the loss is no longer finite.
+        NestedAttentionError: a setting cannot be used, see `check`, or the run's checkpoint cannot, or a sample; it began with
+            another start; the disk is full, or the memory; the loss is no longer finite.
     """
     sharded = asked_to_shard()
     check(config, this_process().num_processes, sharded)
+    check_start(folder, description.get("start"))
     run = Trainer(task, config, folder, sharded)
     accelerator = run.accelerator
     if accelerator.is_main_process:
         made = {"loop": asdict(config), "processes": run.processes, "sharded": sharded, **description}
         with replaced(folder / "config.json") as fresh:
             fresh.write_text(json.dumps(made, indent=2))
+    if run.step:
+        accelerator.print(f"{folder}: goes on from step {run.step} of {config.steps}")
     accelerator.init_trackers("")
     batches = iterate(task, config, Share(config.behind + run.step, accelerator.process_index, run.processes))
     saved = run.tick = time.monotonic()
@@ -256,6 +275,11 @@ def last_logged(folder: Path) -> dict[str, float]:
     return logged
 
 
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`."""
+    return {key: value.to(device) for key, value in batch.items()}
+
+
 def agreed(accelerator: Accelerator, wish: bool) -> bool:
     """The main process's wish, on every process: their clocks differ."""
     if accelerator.num_processes == 1:
@@ -277,5 +301,5 @@ def iterate(task: Task, config: LoopConfig, share: Share) -> Iterator[Batch]:
 @torch.no_grad()
 def held_out_loss(task: Task, device: torch.device) -> dict[str, float]:
     """For the log: the mean loss over `task.held_out()`, with the same noise every time; nothing if nothing is held out."""
-    losses = [task.loss(task.model, {key: value.to(device) for key, value in batch.items()})[0] for batch in task.held_out()]
+    losses = [task.loss(task.model, moved(batch, device))[0] for batch in task.held_out()]
     return {"held_out": round(float(torch.stack(losses).mean()), 5)} if losses else {}

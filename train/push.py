@@ -34,14 +34,18 @@ class Stage:
     """One stage of a run, from what it left in its folder.
 
     Attributes:
-        data: what it learned from, or None if that was not written down.
-        hours: the last ones in its log.
+        data: what it learned from, or None if that was not written down; `photos`: how many, where it were photos.
+        start: the folder that it started from, or None.
+        hours: the last ones in its log, on so many `processes`.
         grids: step -> its sample grid.
     """
 
     data: str | None
+    photos: int | None
+    start: Path | None
     steps: int
     batch_size: int
+    processes: int
     hours: float
     grids: dict[int, Path]
 
@@ -53,7 +57,9 @@ class Stage:
         try:
             made = json.loads((folder / "config.json").read_text())
             loop, grids = made["loop"], {int(path.stem): path for path in sorted((folder / "grids").glob("[0-9]*.png"))}
-            return cls(made.get("data"), loop["steps"], loop["batch_size"], last_logged(folder)["hours"], grids)
+            start = Path(made["start"]["folder"]) if made.get("start") else None
+            hours = last_logged(folder)["hours"]
+            return cls(made.get("data"), made.get("photos"), start, loop["steps"], loop["batch_size"], made["processes"], hours, grids)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NestedAttentionError(f"the run {folder} is damaged ({error}); call `train.adapter` again, it resumes.") from error
 
@@ -154,6 +160,11 @@ def whereabouts(base: Base) -> str:
     return "which comes with the code" if ASSETS in source.parents else "a folder of the one who trained this, which is on no Hub"
 
 
+def called_start(start: Path) -> str:
+    """How the card calls the folder that a run started from: by a run's name, or its last part."""
+    return f"`{start.parent.name if start.name == 'adapter' else start.name}`"
+
+
 FRAMED = """from nested_attention.faces import frame
 from nested_attention.images import read_image
 """
@@ -172,13 +183,17 @@ def card(run: Run, repo: str) -> str:
     facts = {
         "base model": f"`{called}`, {whereabouts(base)}",
         "data": published(last.data) if last.data else (STORYBOOK if config.base == "storybook" else "not recorded"),
+        **({"photos": f"{last.photos:,}"} if last.photos else {}),
+        **({"started from": called_start(last.start)} if last.start else {}),
         "steps": f"{sum(steps):,}" + (f" ({' + '.join(f'{count:,}' for count in steps)})" if len(steps) > 1 else ""),
         "batch size": " and ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in run.stages)),
         "hours": f"{sum(stage.hours for stage in run.stages):g}",
+        "processes": " and ".join(dict.fromkeys(f"{stage.processes}" for stage in run.stages)),
         "parameters": f"{run.parameters / 1e6:.2f} million",
         **{name: f"{value:g}" for name, value in config.metrics.items()},
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    credit = f" It was made of {config.credit}." if config.credit else ""
     samples = "\n\n".join(f"Step {step:,}:\n\n![step {step}](grids/{step:06d}.png)" for step in run.grids)
     return f"""---
 {header.to_yaml()}
@@ -209,7 +224,7 @@ pipe("a drawing of <{kind}> on the beach", subjects=[subject]).images[0].save("d
 
 ## Licence
 
-{config.licence}, for the adapter. The base model has a licence of its own: {base.licence}.
+{config.licence}, for the adapter.{credit} The base model has a licence of its own: {base.licence}.
 """
 
 

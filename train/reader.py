@@ -8,7 +8,6 @@ read all. The image encoder stays as it is; the adapter of the kind starts from 
 """
 
 import argparse
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,11 @@ from transformers import BitModel, PreTrainedModel
 
 from nested_attention.bases import ASSETS
 from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_features
+from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
-from train.loop import Batch, LoopConfig, Task, fit
+from train.loop import Batch, LoopConfig, Task, fit, moved
 from train.pixels import to_tensor
+from train.settings import read_section
 from train.storybook.dataset import weight_table
 from train.storybook.kinds import KINDS
 from train.storybook.picture import render
@@ -121,36 +122,37 @@ class ReaderTask(Task):
     @torch.no_grad()
     def grid(self) -> Image.Image:
         """References, portraits, and what the tokens tell of them."""
-        batch = next(iter(self.held_out()))
+        batch = moved(next(iter(self.held_out())), self.model.look.weight.device)
         made = self.model(batch["reference"][:16])[0].unflatten(2, (4, TILE + 2 * MARGIN, -1))[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
         made = F.fold(made.flatten(2).mT, self.side, TILE, stride=TILE)
         pictures = [x[:, :3] + 1 - x[:, 3:] for x in (batch["portrait"][:16], made)]
         rows = [F.interpolate((batch["reference"][:16] + 1) / 2, self.side, mode="area"), *pictures]
         whole = torch.cat([torch.cat(list(row), 2) for row in rows], 1).clamp(0, 1).permute(1, 2, 0)
-        return Image.fromarray((whole.numpy() * 255).astype(np.uint8))
+        return Image.fromarray((whole.cpu().numpy() * 255).astype(np.uint8))
 
 
-def asked_for(lesson: str, description: str | None) -> tuple[str, Path, dict[str, Any]]:
-    """What the command `python -m train.LESSON` was asked for: the kind, the folder of the run, and the whole config."""
+def asked_for(lesson: str, description: str | None) -> tuple[str, Path, Path]:
+    """What the command `python -m train.LESSON` was asked for: the kind, the folder of the run, and the config."""
     parser = argparse.ArgumentParser(prog=f"python -m train.{lesson}", description=description)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--kind", choices=tuple(KINDS), required=True)
     parser.add_argument("--out", type=Path, help=f"runs/{lesson}-KIND if not given")
     options = parser.parse_args()
-    return options.kind, options.out or Path(f"runs/{lesson}-{options.kind}"), tomllib.loads(options.config.read_text())
+    return options.kind, options.out or Path(f"runs/{lesson}-{options.kind}"), options.config
 
 
 def main() -> None:
-    kind, out, whole = asked_for("reader", __doc__)
-    config = whole["reader"]
+    kind, out, path = asked_for("reader", __doc__)
+    config, adapter, text = (read_section(path, name) for name in ("reader", "adapter", "text"))
     torch.manual_seed(0)
     encoder = BitModel.from_pretrained(ASSETS / "storybook/image_encoder").float()
-    sizes = QFormerConfig(**whole["adapter"]["qformer"], feature_dim=feature_dim(encoder), output_dim=whole["text"]["model"]["width"])
+    sizes = QFormerConfig(**adapter["qformer"], feature_dim=feature_dim(encoder), output_dim=text["model"]["width"])
     lesson = ReaderLesson(encoder, QFormer(sizes), kind)
-    lesson.load_state_dict(fit(ReaderTask(lesson, kind), LoopConfig(**config["loop"]), out, config), strict=False)
+    lesson.load_state_dict(fit(ReaderTask(lesson, kind), LoopConfig.from_dict(config["loop"]), out, config), strict=False)
     with replaced(out / "reader.safetensors") as fresh:
         save_file(lesson.reader.state_dict(), fresh)
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

@@ -1,7 +1,10 @@
 """The settings of a run, and what is said where they cannot be."""
 
+import tomllib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from nested_attention.errors import NestedAttentionError
 from nested_attention.memory import spoken_shortage
@@ -39,10 +42,37 @@ class LoopConfig:
     tensorboard: bool = False
     not_muon: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "LoopConfig":
+        """As a config holds it.
+
+        Raises:
+            NestedAttentionError: a setting is missing, or there is none of that name.
+        """
+        try:
+            return cls(**content)
+        except TypeError as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise NestedAttentionError(
+                f"a section [loop] of the config cannot be used ({error}); correct it, its settings are {names}."
+            ) from error
+
     def rate(self, step: int) -> float:
         """Factor of the learning rates at `step`."""
         rest = (self.steps - step) / max(1, round(self.steps * self.cooldown))
         return min(1.0, (step + 1) / max(1, self.warmup), rest)
+
+
+def read_section(path: Path, name: str) -> dict[str, Any]:
+    """The section `[name]` of a config.
+
+    Raises:
+        NestedAttentionError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text())[name]
+    except (OSError, ValueError, KeyError) as error:
+        raise NestedAttentionError(f"{path} is no config with a section [{name}] ({error}); check the path and the file.") from error
 
 
 def check(config: LoopConfig, processes: int, sharded: bool) -> None:

@@ -5,7 +5,7 @@ go on with it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Average:
 
 
 @torch.no_grad()
-def load_weights(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def load_weights(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Puts the whole tensors of `saved` into `tensors`.
 
     Raises:

@@ -8,7 +8,6 @@ every token it predicts the next one. No picture is drawn.
 import argparse
 import json
 import random
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
+from train.settings import read_section
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
 from train.storybook.sampling import Picture, sample_picture
@@ -137,11 +138,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
     options = parser.parse_args()
-    config = tomllib.loads(options.config.read_text())["text"]
+    config = read_section(options.config, "text")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     reader = Reader(build_text_encoder(tokenizer, **config["model"]), [len(values) for values in said_fields().values()])
-    reader.load_state_dict(fit(TextTask(reader, tokenizer), LoopConfig(**config["loop"]), options.out, config), strict=False)
+    reader.load_state_dict(fit(TextTask(reader, tokenizer), LoopConfig.from_dict(config["loop"]), options.out, config), strict=False)
     with replaced(options.out / "text_encoder") as fresh:
         reader.text_encoder.save_pretrained(fresh)
     with replaced(options.out / "tokenizer") as fresh:
@@ -149,4 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with spoken_at_exit():
+        main()

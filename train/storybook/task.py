@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.loop import Batch
+from train.loop import Batch, moved
 from train.objective import Diffusion
 from train.personalizer import AdapterTask
 from train.storybook.personal import PersonalPictures
@@ -40,7 +40,8 @@ class StorybookTask(AdapterTask):
     def white(self) -> dict[str, Tensor]:
         """For the nested projections: they read tokens, here those of the first samples."""
         adapter = self.model.adapter
-        batches = DataLoader(self.dataset(HELD_OUT), 32)
+        device = self.model.stock.unet.device
+        batches = (moved(batch, device) for batch in DataLoader(self.dataset(HELD_OUT), 32))
         tokens = torch.cat([adapter.qformer(self.model.conditions(batch)["features"].float()) for batch in batches])
         white = whitening(tokens.flatten(0, 1))
         return {name: white for name, _ in self.model.named_parameters() if name.startswith("adapter.layers.")}
