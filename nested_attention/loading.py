@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from nested_attention import released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import ASSETS, INDEX, Base, FewSteps, find_base, of_architecture, parts
+from nested_attention.bases import ASSETS, BASES, INDEX, Base, FewSteps, find_base, of_architecture, parts
 from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged
@@ -101,6 +101,20 @@ def without_weights(folder: Path) -> list[str]:
     return [part for part in described if not any((folder / part).glob("*.safetensors"))]
 
 
+def known_base(name: str) -> Base:
+    """`find_base`, with the numbers of the true architecture: that of a repo is read in its index, which is fetched.
+
+    Raises:
+        NestedAttentionError: there is no such base, its index cannot be had, or the architecture is another one.
+    """
+    preset = find_base(name)
+    if name in BASES or Path(preset.source).is_absolute():
+        return preset
+    architecture = of_architecture(name, fetch(preset.source, preset.revision, [INDEX]) / INDEX)
+    own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
+    return replace(architecture, **own)
+
+
 def variant_of(base: Base, folder: Path) -> str | None:
     """Which weight files to load: the preset's, or those in 16 bit where a part has no others."""
     weights = ([path.name for path in (folder / part).glob("*.safetensors")] for part in parts(folder / INDEX))
@@ -125,14 +139,10 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     Raises:
         NestedAttentionError: there is no such base, it cannot be fetched, or a file of it is missing or damaged.
     """
-    preset = find_base(name)
+    preset = known_base(name)
     folder = base_folder(preset)
-    architecture = of_architecture(preset.name, folder / INDEX)
     if (missing := missing_file(folder)) is not None:
         raise NestedAttentionError(f"the base model {preset.name} cannot be loaded ({missing} is missing); {get_back(missing)}.")
-    if architecture.pipeline != preset.pipeline:
-        own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
-        preset = replace(architecture, **own)
     try:
         stock = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, variant=variant_of(preset, folder), use_safetensors=True,
