@@ -13,7 +13,7 @@ import pytest
 from nested_attention.ui import inside
 from nested_attention.ui.app import build_app
 from nested_attention.ui.explain import SHOWN, enlarged, explain_point
-from nested_attention.ui.handlers import FAILED, WAITING, Handlers, finished
+from nested_attention.ui.handlers import WAITING, Handlers, finished
 from nested_attention.ui.slots import Slot
 from tests import tiny
 from tests.page import ANYBODY, drawn, values
@@ -60,7 +60,13 @@ def test_what_ends_too_early_leaves_the_last_finished_pictures(
     *_, last = handlers.generate(ANYBODY, *values(slot, steps=0))
     assert last[0] == gr.skip() and "steps is 0" in last[2] and session.runs == []
     preview().close()
-    assert handlers.failed(ANYBODY) == (list(made.files), FAILED)
+    assert handlers.failed(ANYBODY) == gr.skip()  # it is being cancelled
+    assert handlers.cancelled("Step 1 of 30", ANYBODY)[0] == list(made.files)
+    run = preview()
+    monkeypatch.setattr("nested_attention.ui.handlers.enlarged", {}.pop)  # an error that no sentence foresaw
+    with pytest.raises(KeyError):
+        list(run)
+    assert handlers.failed(ANYBODY) == list(made.files)
 
 
 def test_a_seed_is_written_only_where_it_was_drawn(handlers: Handlers) -> None:

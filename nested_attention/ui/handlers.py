@@ -22,6 +22,8 @@ from nested_attention.ui.studio import Studio, missing_placeholders, put_into_pr
 
 PREVIEW_EVERY = 3  # steps between two previews
 WAITING = "Waiting for its turn …"
+LOOKING = "Looking at the subjects …"
+UNFINISHED = WAITING, LOOKING, "Step "  # how a status begins while something is being drawn
 FAILED = "Nothing was drawn."
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
@@ -61,7 +63,7 @@ class Handlers:
         quiet = "", hidden(), gr.skip()
         try:
             with session.running() as run:
-                yield (gr.skip(), "Looking at the subjects …", "", hidden(), seed if new_seed else gr.skip())
+                yield (gr.skip(), LOOKING, "", hidden(), seed if new_seed else gr.skip())
                 session.tell_lost()
                 pipe = session.pipe
                 subjects = self.studio.subjects_of_slots(session, pipe, read_slots(values[CONTROLS:]), lam=lam, token_weight=token_weight)
@@ -98,9 +100,13 @@ class Handlers:
         stopped = session.stop() or status == WAITING
         return self._unfinished(session), "Cancelled." if stopped else gr.skip()
 
-    def failed(self, request: gr.Request) -> tuple[Any, str]:
-        """Values for gallery and status where a run ended in an error that is no sentence of ours, or never began."""
-        return self._unfinished(self._session(request)), FAILED
+    def failed(self, request: gr.Request) -> Any:
+        """What the gallery goes back to where a run ended in an error that is no sentence of ours, or never began.
+
+        So says gradio of cancelled ones too, but they are the business of who cancelled.
+        """
+        session = self._session(request)
+        return gr.skip() if session.runs else self._unfinished(session)
 
     def look_inside(self, request: gr.Request) -> list:
         """Values for all of "Look inside"."""
