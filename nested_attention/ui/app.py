@@ -6,7 +6,7 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
 from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_defaults
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import EXAMPLE, FAILED, UNFINISHED, WAITING, Handlers, insert_one
+from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
@@ -90,13 +90,6 @@ def build_app(studio: Studio) -> gr.Blocks:
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         running.failure(handlers.failed, None, gallery, queue=False, show_progress="hidden", api_visibility="private")
-        running.failure(
-            None,
-            status,
-            status,
-            js=f"said => {list(UNFINISHED)}.some(begin => said.startsWith(begin)) ? {FAILED!r} : said",
-            api_visibility="private",
-        )
         cancel.click(
             handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
             show_progress="hidden", api_visibility="private",

@@ -23,8 +23,6 @@ from nested_attention.ui.studio import Studio, missing_placeholders, put_into_pr
 PREVIEW_EVERY = 3  # steps between two previews
 WAITING = "Waiting for its turn …"
 LOOKING = "Looking at the subjects …"
-UNFINISHED = WAITING, LOOKING, "Step "  # how a status begins while something is being drawn
-FAILED = "Nothing was drawn."
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
     "person": ("a person", "a man", "a woman", "someone", "person"),
