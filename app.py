@@ -3,6 +3,7 @@
 import argparse
 import gc
 from contextlib import suppress
+from threading import Thread
 
 with suppress(ModuleNotFoundError):
     import spaces  # noqa: F401  # a Space on ZeroGPU has it; it has to come before torch, see `ui.gpu`
@@ -44,6 +45,7 @@ def launch(studio: Studio, port: int | None, share: bool = False) -> None:
         NestedAttentionError: the port is taken, or the examples are damaged.
     """
     page = build_app(studio)
+    Thread(target=studio.purge_for_ever, daemon=True).start()
     page.queue(max_size=20, default_concurrency_limit=2)  # what draws nothing is `queue=False`: 20 who wait keep nobody from the page
     try:
         page.launch(

@@ -104,12 +104,16 @@ class Framed:
     faces: int
 
 
-def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0, 0.0, 1.0, 1.0)) -> Framed:
+def frame(
+    image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0, 0.0, 1.0, 1.0),
+    find: Callable[[Image.Image, str], list[Face]] = find_faces,
+) -> Framed:  # fmt: skip
     """Frames the subject of an RGB picture.
 
     Args:
         choice: "whole"; "crop" for the user's own `crop`; "face" for the largest face, "face 2" for the next, and so on.
             Where no such face is found the whole picture is used, and `said` tells.
+        find: what looks for faces, for instance one that remembers them.
 
     Raises:
         NestedAttentionError: there is no such choice; the crop is empty or lies outside; insightface's models are damaged.
@@ -120,7 +124,7 @@ def frame(image: Image.Image, kind: str, choice: str = "face", crop: Box = (0.0,
         return Framed(image, SAID["whole"], 0)
     if choice == "crop":
         return Framed(cropped(image, crop), SAID["crop"], 0)
-    faces = find_faces(image, kind)
+    faces = find(image, kind)
     which = int(choice.removeprefix("face") or 1) - 1
     if which >= len(faces):
         found = f"only {len(faces)} found" if faces else "no face was found"

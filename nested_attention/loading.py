@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from nested_attention import patches, released
 from nested_attention.adapters import CONFIG, WEIGHTS, Adapter, list_adapters, read_config
-from nested_attention.bases import INDEX, Base, FewSteps, brought_code, find_base, of_architecture, of_size, parts
+from nested_attention.bases import BASES, INDEX, Base, FewSteps, brought_code, find_base, of_architecture, of_size, parts
 from nested_attention.encoding import encoder_files
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import first_damaged, is_there
@@ -106,6 +106,20 @@ def without_weights(folder: Path, variant: str | None = None) -> list[str]:
     return [part for part in described if not any((folder / part).glob(weights))]
 
 
+def known_base(name: str) -> Base:
+    """`find_base`, with the numbers of the true architecture: that of a repo is read in its index, which is fetched.
+
+    Raises:
+        NestedAttentionError: there is no such base, its index cannot be had, or the architecture is another one.
+    """
+    preset = find_base(name)
+    if name in BASES or Path(preset.source).is_absolute():
+        return preset
+    architecture = of_architecture(name, fetch(preset.source, preset.revision, [INDEX]) / INDEX)
+    own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
+    return replace(architecture, **own)
+
+
 def variant_of(base: Base, folder: Path) -> str | None:
     """Which weight files to load: the preset's, or those in 16 bit where a part has no others."""
     weights = ([path.name for path in (folder / part).glob("*.safetensors")] for part in parts(folder / INDEX))
@@ -130,14 +144,10 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Base, DiffusionPipeline]:
     Raises:
         NestedAttentionError: there is no such base, it cannot be fetched, or a file of it is missing or damaged.
     """
-    preset = find_base(name)
+    preset = known_base(name)
     folder = base_folder(preset)
-    architecture = of_architecture(preset.name, folder / INDEX)
     if (missing := missing_file(folder)) is not None:
         raise NestedAttentionError(f"the base model {preset.name} cannot be loaded ({missing} is missing); {get_back(missing)}.")
-    if architecture.pipeline != preset.pipeline:
-        own = {field: getattr(preset, field) for field in ("name", "source", "revision", "variant", "licence")}
-        preset = replace(architecture, **own)
     code = brought_code(folder)
     if (foreign := next((file for file in code if file.read_bytes() != OURS.read_bytes()), None)) is not None:
         raise NestedAttentionError(f"the base model {preset.name} brings code of its own, {foreign}, which is not run; choose another one.")

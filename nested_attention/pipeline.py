@@ -28,7 +28,7 @@ from nested_attention.loading import best_dtype, load_adapters, load_base, usabl
 from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage, too_little
 from nested_attention.preview import clean_idea, preview
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
-from nested_attention.settings import MAX_SUBJECTS, Settings
+from nested_attention.settings import MAX_SUBJECTS, Settings, check_pictures
 from nested_attention.subjects import Subject, SubjectCache
 from nested_attention.tracing import Trace, active_trace
 
@@ -106,14 +106,14 @@ class NestedAttentionPipeline:
 
         Args:
             kind: one of `kinds`.
-            images: pictures, paths or bytes of one and the same subject, taken as they are: for an adapter whose `framing` is "face",
-                frame photos by `faces.frame` before.
+            images: pictures, paths or bytes of one and the same subject, up to eight, taken as they are: for an adapter whose `framing` is
+                "face", frame photos by `faces.frame` before.
             placeholder: how the prompt names it; `<kind>` if not given.
             strength, lam, token_weight: see `Subject`; `lam` defaults to the adapter's.
             cache: encoded pictures are looked up and kept here; the pipeline's own cache if not given.
 
         Raises:
-            NestedAttentionError: unknown kind, unusable picture, a setting out of range, or too little memory.
+            NestedAttentionError: unknown kind, unusable picture, none or too many, a setting out of range, or too little memory.
         """
         if kind not in self.adapters:
             raise NestedAttentionError(f"there is no adapter for {kind!r}; this pipeline knows {', '.join(self.kinds) or 'none'}.")
@@ -124,6 +124,7 @@ class NestedAttentionPipeline:
         sources = [images] if not isinstance(images, Sequence) or isinstance(images, str | bytes) else list(images)
         if not sources:
             raise NestedAttentionError(f"no picture of {placeholder} was given; add at least one.")
+        check_pictures(placeholder, len(sources))
         pictures = [read_image(source) for source in sources]
         known = self.cache if cache is None else cache
         with spoken_shortage(too_little(self.device, f"encode {placeholder}")):

@@ -7,7 +7,7 @@ from typing import Any
 from nested_attention.bases import Base
 from nested_attention.errors import NestedAttentionError
 
-MAX_PROMPT, MAX_SUBJECTS, MAX_SEED = 1000, 4, 2**32 - 1
+MAX_PROMPT, MAX_SUBJECTS, MAX_PICTURES, MAX_SEED = 1000, 4, 8, 2**32 - 1
 RANGES: dict[str, tuple[float, float]] = {"num_images": (1, 8), "steps": (1, 150), "guidance_scale": (0.0, 30.0), "seed": (0, MAX_SEED)}
 
 LAST_SEED = MAX_SEED - int(RANGES["num_images"][1]) + 1  # the largest from which any number of pictures can be counted on
@@ -16,6 +16,16 @@ LAST_SEED = MAX_SEED - int(RANGES["num_images"][1]) + 1  # the largest from whic
 def random_seed() -> int:
     """A seed that any number of pictures may begin with."""
     return random.randint(0, LAST_SEED)
+
+
+def check_pictures(subject: str, count: int) -> None:
+    """Whether so many pictures of one subject can be used.
+
+    Raises:
+        NestedAttentionError: they are too many.
+    """
+    if count > MAX_PICTURES:
+        raise NestedAttentionError(f"{count} pictures of {subject} were given; at most {MAX_PICTURES} are used, so keep the clearest ones.")
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Recorder:
     nested: dict[tuple[Key, int], Mean] = field(default_factory=dict)
     values: dict[tuple[Key, int], tuple[Mean, Mean]] = field(default_factory=dict)
 
+    def move_to_cpu(self) -> None:
+        """Leaves the device to those who still draw: of a large model these are hundreds of megabytes."""
+        for mean in (*self.outer.values(), *self.nested.values(), *(mean for pair in self.values.values() for mean in pair)):
+            mean.total = None if mean.total is None else mean.total.cpu()
+
     def resolution(self, pixels: int) -> Grid:
         """The grid that a layer of `pixels` queries works on."""
         height, width = self.grid

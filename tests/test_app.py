@@ -127,6 +127,7 @@ def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> N
     text.write_text("no picture")
     for arguments, words in (
         (("dragon", [handle_file(photo)], "", 1.0), "dragon"), (("person", [], "", 1.0), "at least one"),
+        (("person", [handle_file(photo)] * 9, "", 1.0), "at most 8"),
         (("person", [handle_file(photo)], "", 7.0), "strength"), (("person", [handle_file(photo)], "", 1.0, 9.0), "lam"),
         (("person", [handle_file(photo)], "", 1.0, 1.0, 0.0), "token_weight"), (("person", [handle_file(photo)], "", 1.0, 1.0, 1.0, "sideways"), "no framing"),
         (("person", [handle_file(str(text))], "", 1.0), "not a picture"),
@@ -139,6 +140,11 @@ def test_bad_subjects_through_the_api(url: str, photo: str, tmp_path: Path) -> N
         generate(client, "<p0> <p1> <p2> <p3> <p4>")
     with pytest.raises(AppError, match="press Generate first"):
         client.predict("<person>", 0, 0.5, 0.5, api_name="/explain")
+    for number in range(5, 9):
+        client.predict("person", [handle_file(photo)], f"<p{number}>", 1.0, api_name="/encode")
+    with pytest.raises(AppError, match=r"names <p0>, but no such subject is kept; encode it again \(the last 8"):
+        generate(client, "<p0> and <p8>")
+    assert generate(client, "<p1> and <p8>")[0]
 
 
 def test_visitors_do_not_see_each_other(url: str, photo: str) -> None:

@@ -16,6 +16,7 @@ from nested_attention.ui.controls import CONTROLS, knob_defaults
 from nested_attention.ui.examples import READY_MADE
 from nested_attention.ui.handlers import Handlers
 from nested_attention.ui.models import OWN
+from nested_attention.ui.session import Session
 from nested_attention.ui.slots import EMPTY, Slot, empty_slot, look
 from nested_attention.ui.studio import Studio
 from tests import tiny
@@ -69,20 +70,25 @@ def test_the_first_press_on_a_fresh_page_draws_the_first_example(handlers: Handl
 def test_a_full_queue_keeps_nobody_from_filling_in_the_page(pipe: NestedAttentionPipeline) -> None:
     waiting = {event.name for event in build_app(Studio(pipe)).fns.values() if event.fn and event.queue}
     waiting.remove("close")  # which gradio calls itself
-    assert waiting == {"_compare", "_generate", "cancelled", "encode", "fetch_faces", "generate", "load"}
+    assert waiting == {"_compare", "_generate", "cancelled", "encode", "fetch_faces", "generate", "load", "pick"}
 
 
 def test_a_bad_upload_is_said_in_its_slot(pipe: NestedAttentionPipeline, photos: list[str], tmp_path: Path) -> None:
     (bad := tmp_path / "notes.png").write_text("no picture")
-    seen, note, *_ = look(pipe, Slot("person", (photos[0], str(bad))))
+    session = Session(pipe)
+    seen, note, *_ = look(session, Slot("person", (photos[0], str(bad))))
     assert len(seen.value) == 1 and "⚠️ notes.png is not a picture" in note and "the whole picture" in note
-    seen, note, *_ = look(pipe, Slot("dragon", (photos[0],)))
+    seen, note, *_ = look(session, Slot("dragon", (photos[0],)))
     assert not seen.value and "no adapter for dragon" in note
+    seen, note, *_ = look(session, Slot("person", tuple(photos[:1] * 9)))
+    assert not seen.value and "9 pictures of person were given; at most 8" in note
 
 
 def test_as_many_faces_are_offered_as_there_are(pipe: NestedAttentionPipeline, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(pipe)
+
     def ways(framing: str, kind: str = "person") -> tuple[list[str], dict]:
-        _, note, _, update = look(pipe, Slot(kind, (photos[0],), framing=framing))
+        _, note, _, update = look(session, Slot(kind, (photos[0],), framing=framing))
         assert note
         return [value for _, value in update.choices], update.constructor_args
 
@@ -93,11 +99,13 @@ def test_as_many_faces_are_offered_as_there_are(pipe: NestedAttentionPipeline, p
         quad = np.array([(0, 0), (0, 9), (9, 9), (9, 0)], np.float32)
         return [SimpleNamespace(quad=quad, method="opencv")] * 3
 
-    monkeypatch.setattr("nested_attention.faces.find_faces", found)
+    monkeypatch.setattr("nested_attention.ui.session.find_faces", found)
     assert ways("whole")[0] == ways("crop")[0] == ["whole", "crop", "face"] and not looked  # nobody asked for a face
     choices, update = ways("face 3")
     assert choices == ["whole", "crop", "face", "face 2", "face 3"] and "value" not in update and looked
     assert ways("face 4")[1]["value"] == "whole"
+    Studio(pipe).subjects_of_slots(session, pipe, [Slot("person", (photos[0],), framing="face 2")])
+    assert len(looked) == 1  # a picture is searched once
 
 
 def test_other_models_keep_the_kinds_they_know(pipe: NestedAttentionPipeline) -> None:
@@ -116,4 +124,4 @@ def test_the_adapter_that_the_app_started_with_is_shown_and_not_loaded_again(pip
     studio = Studio(pipe, "somebody/adapter")
     parts = {getattr(part, "elem_id", None): part for part in build_app(studio).blocks.values()}
     assert parts["adapter"].value == "somebody/adapter" and OWN in [value for _, value in parts["adapter"].choices]
-    assert studio.choose_model(studio.session("anybody"), "tiny", "somebody/adapter") is pipe
+    assert studio.choose_model("anybody", "tiny", "somebody/adapter") is pipe

@@ -31,10 +31,11 @@ def test_a_dropped_picture_fills_the_page_so_that_it_is_drawn_again(handlers: Ha
 
 
 def test_a_dropped_picture_clears_what_it_does_not_use_and_takes_the_slots_names(handlers: Handlers, photos: list[str]) -> None:
-    session = handlers.studio.session("anybody")
-    ada = handlers.studio.encode(session, Slot("person", (photos[0],)), "<ada>")
-    bob = handlers.studio.encode(session, Slot("person", (photos[1],)), "<person>")
-    *_, made = handlers.studio.generate(session, "<Ada> and <person>", [ada, bob], steps=2, seed=1)
+    studio, session = handlers.studio, handlers.studio.session("anybody")
+    ada = studio.encode(session, studio.pipe, Slot("person", (photos[0],)), "<ada>")
+    bob = studio.encode(session, studio.pipe, Slot("person", (photos[1],)), "<person>")
+    with session.running() as run:
+        *_, made = studio.generate(session, run, studio.pipe, "<Ada> and <person>", [ada, bob], steps=2, seed=1)
     assert isinstance(made, Result)
     filled = handlers.restore(made.files[0], ANYBODY)
     assert filled[0] == "<person> and <person2>" and filled[CONTROLS + 1] == [photos[0]] and filled[CONTROLS + VALUES + 1] == [photos[1]]
@@ -63,9 +64,11 @@ def test_what_a_page_cannot_restore_is_said(handlers: Handlers, photos: list[str
     handlers.studio.session("framing").pipe = other = tiny.pipeline("sd")
     other.adapters["person"].revision = "another"
     assert "another adapter for person; the one in use" in handlers.restore(made.files[0], stranger)[-2]
-    session = handlers.studio.session("anybody")
-    ada, tom = (handlers.studio.encode(session, Slot(kind, (photos[0],)), lam=lam) for kind, lam in (("person", 0.5), ("cat", 2.0)))
-    *_, made = handlers.studio.generate(session, "<person> and <cat>", [ada, tom], steps=2, seed=1)
+    studio, session = handlers.studio, handlers.studio.session("anybody")
+    knobs = (("person", 0.5), ("cat", 2.0))
+    ada, tom = (studio.encode(session, studio.pipe, Slot(kind, (photos[0],)), lam=lam) for kind, lam in knobs)
+    with session.running() as run:
+        *_, made = studio.generate(session, run, studio.pipe, "<person> and <cat>", [ada, tom], steps=2, seed=1)
     *_, told, _ = filled = handlers.restore(made.files[0], ANYBODY)
     assert "(`<person>` 0.5 and 1, `<cat>` 2 and 1)" in told and filled[CONTROLS - 2] == 0.5
 

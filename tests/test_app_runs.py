@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from nested_attention.ui import inside
+from nested_attention.ui.app import build_app
 from nested_attention.ui.explain import SHOWN, enlarged, explain_point
 from nested_attention.ui.handlers import WAITING, Handlers, finished
 from nested_attention.ui.slots import Slot
+from tests import tiny
 from tests.page import ANYBODY, drawn, values
 
 
@@ -57,6 +59,35 @@ def test_what_ends_too_early_leaves_the_last_finished_pictures(
     assert last[0] == list(made.files) and "cannot be written" in last[2]
     *_, last = handlers.generate(ANYBODY, *values(slot, steps=0))
     assert last[0] == gr.skip() and "steps is 0" in last[2] and session.runs == []
+    preview().close()
+    assert handlers.failed(ANYBODY) == gr.skip()  # it is being cancelled
+    assert handlers.cancelled("Step 1 of 30", ANYBODY)[0] == list(made.files)
+    run = preview()
+    monkeypatch.setattr("nested_attention.ui.handlers.enlarged", {}.pop)  # an error that no sentence foresaw
+    with pytest.raises(KeyError):
+        list(run)
+    assert handlers.failed(ANYBODY) == list(made.files)
+
+
+def test_a_seed_is_written_only_where_it_was_drawn(handlers: Handlers) -> None:
+    def seeds(**changes: object) -> list:
+        return [event[4] for event in handlers.generate(ANYBODY, *values(prompt="a tree", steps=2, **changes))]
+
+    assert all(seed == gr.skip() for seed in seeds(seed=7))  # another may have been typed meanwhile
+    for changes in ({"seed": None}, {"new": True}):
+        drawn, *rest = seeds(**changes)
+        result = handlers.studio.session(ANYBODY.session_hash).result
+        assert result is not None and drawn == result.generation.settings.seed and all(seed == gr.skip() for seed in rest)
+    *_, last = handlers.generate(ANYBODY, *values(seed=-1))
+    assert "seed is -1; choose a number from 0" in last[2] and last[1] == ""
+
+
+def test_an_example_ends_what_is_being_drawn(handlers: Handlers, photos: list[str]) -> None:
+    session = handlers.studio.session(ANYBODY.session_hash)
+    run = handlers.generate(ANYBODY, *values(Slot("person", (photos[0],)), steps=30))
+    next(run)
+    handlers.pick(SimpleNamespace(index=1), ANYBODY)
+    assert list(run) == [] and session.result is None and session.shown == handlers.examples[1].results
 
 
 def test_two_runs_of_a_visitor_end_apart(handlers: Handlers, photos: list[str]) -> None:
@@ -96,13 +127,38 @@ def test_a_visitor_may_come_back_soon(handlers: Handlers, photos: list[str], mon
     run = handlers.generate(ANYBODY, *values(Slot("person", (photos[0],))))
     next(run)
     later(9000)
-    handlers.studio.session("stranger")
+    handlers.studio.purge()
     assert handlers.studio.session(ANYBODY.session_hash).result is made  # a long run
     list(run)
     handlers.close(ANYBODY)
     later(9000 + 400)
-    handlers.studio.session("stranger")
+    handlers.studio.purge()
     assert handlers.studio.session(ANYBODY.session_hash).result is None
+
+
+def test_a_client_that_leaves_is_not_drawn_for(handlers: Handlers) -> None:
+    studio = handlers.studio
+    (generate,) = (fn.fn for fn in build_app(studio).fns.values() if fn.api_name == "generate")
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(generate, "a tree", "", 1, 150, 3.0, 5, ANYBODY)
+        while not studio.session(ANYBODY.session_hash).runs:
+            time.sleep(0.01)
+        handlers.close(ANYBODY)
+        with pytest.raises(gr.Error, match="the line was lost"):
+            asked.result()
+    assert generate("a tree", "", 1, 2, 3.0, 5, ANYBODY)[1]["seed"] == 5
+
+
+def test_a_run_keeps_the_model_that_it_began_with(handlers: Handlers, photos: list[str]) -> None:
+    session, pipe = handlers.studio.session(ANYBODY.session_hash), handlers.studio.pipe
+    run = handlers.generate(ANYBODY, *values(Slot("person", (photos[0],))))
+    assert any("Step 1" in event[1] for event in run)
+    session.turn_to(tiny.pipeline("sdxl"))
+    *_, last = run
+    assert "Done" in last[1] and session.result is not None and session.result.pipe is pipe
+    *_, ((ordinary, _), _) = handlers.compare(ANYBODY)
+    expected = pipe("person on the beach", steps=3, guidance_scale=3.0, seed=5).images[0]
+    assert np.abs(np.asarray(ordinary, float) - np.asarray(enlarged(expected), float)).max() <= 2
 
 
 def test_with_and_without_the_subject(handlers: Handlers, photos: list[str]) -> None:

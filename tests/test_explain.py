@@ -22,7 +22,8 @@ def traced() -> tuple[Result, Trace]:
     images = tuple(EncodedImage(BLACK, torch.full((TOKENS, 4), 0.25), {}) for _ in range(2))
     subject, maps = Subject("<ada>", "person", "person", images), Trace()
     maps.begin(GRID, 1, [subject], [(1,)])
-    return Result(Generation([BLACK], Settings("<ada>", "", 1, 1, 1.0, 0, 32, 32)), (subject,), maps, ()), maps
+    generation, model = Generation([BLACK], Settings("<ada>", "", 1, 1, 1.0, 0, 32, 32)), None  # explaining asks no model
+    return Result(model, generation, (subject,), maps, ()), maps  # type: ignore[arg-type]
 
 
 def mean(value: Tensor) -> Mean:

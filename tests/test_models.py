@@ -1,28 +1,31 @@
 """The place where base and adapter are chosen: what is offered, what is said of each, and what becomes of the choice."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gradio as gr
 import pytest
 import torch
 
-from nested_attention.adapters import WEIGHTS
+from nested_attention import NestedAttentionError
+from nested_attention.adapters import CONFIG, WEIGHTS
 from nested_attention.bases import BASES
 from nested_attention.estimate import Estimate
 from nested_attention.released import LICENCE, REPO
+from nested_attention.ui.handlers import Handlers
 from nested_attention.ui.models import OWN, cost_text, described, loaded_text, local_adapters, spoken_time, use_model
+from nested_attention.ui.session import SESSION_SECONDS
 from nested_attention.ui.studio import Studio
 from tests import tiny
 from tests.hub_server import HubServer, visit
-
-ANYBODY: Any = SimpleNamespace(session_hash="anybody")
+from tests.page import ANYBODY, values
 
 
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Studio:
-    """With a cat's adapter in `runs`; nothing was ever fetched, and the Hub is away."""
+    """With a cat's adapter in `runs` and 64 GB of free memory; nothing was ever fetched, and the Hub is away."""
+    monkeypatch.setattr("nested_attention.estimate.free_gigabytes", lambda device: 64.0)
     with HubServer("token") as gone:
         visit(gone, monkeypatch, tmp_path / "home")
     monkeypatch.chdir(tmp_path)
@@ -94,9 +97,52 @@ def test_the_chosen_model_is_loaded_and_what_cannot_be_changes_nothing(studio: S
     assert f"**{tmp_path / 'base'}**" in done[0] and "Adapters: cat (MIT)." in done[0] and done[1:] == ["", ("cat",), "before"]
     pipe = studio.session("anybody").pipe
     assert pipe is not studio.pipe and pipe.stock.unet.dtype in (torch.float32, torch.bfloat16)
-    *_, refused = load("somebody/else", OWN, ANYBODY, "before")
-    assert "the Hub cannot be reached" in refused[1] and refused[0] == done[0] and refused[2:] == [("cat",), "before"]
-    assert studio.session("anybody").pipe is pipe
-    *_, broken = load(str(tmp_path / "base"), "runs/adapter-dog/adapter", ANYBODY, "before")
-    assert "runs/adapter-dog" in broken[1] and studio.session("anybody").pipe is studio.pipe  # the other one had to go to load this
+    for name, adapter, words in (
+        (str(tmp_path / "base"), "runs/adapter-cat/adapter", ""), ("somebody/else", OWN, "the Hub cannot be reached"),
+        (str(tmp_path / "base"), "runs/adapter-dog/adapter", "runs/adapter-dog"),
+    ):  # fmt: skip
+        *_, kept = load(name, adapter, ANYBODY, "before")
+        assert words in kept[1] and kept[0] == done[0] and kept[2:] == [gr.skip()] * 2  # what was set on the page stays
+        assert studio.session("anybody").pipe is pipe
+    (damaged := tmp_path / "runs/adapter-cow/adapter").mkdir(parents=True)
+    (damaged / CONFIG).write_bytes((tmp_path / "runs/adapter-cat/adapter" / CONFIG).read_bytes())
+    (damaged / WEIGHTS).write_bytes(b"no weights")
+    *_, broken = load(str(tmp_path / "base"), "runs/adapter-cow/adapter", ANYBODY, "before")
+    assert "runs/adapter-cow" in broken[1] and studio.session("anybody").pipe is studio.pipe  # the other one had to go to load this
     assert loaded_text(studio.pipe) == broken[0] and broken[2:] == [studio.pipe.kinds, "before"]
+
+
+def test_a_cpu_is_not_asked_for_more_memory_than_it_has(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nested_attention.estimate.free_gigabytes", lambda device: 4.0)
+    with pytest.raises(
+        NestedAttentionError, match=r"sdxl would take .* GB of memory here, of which only 4\.0 GB are free; choose a smaller"
+    ):
+        studio.choose_model("anybody", "sdxl", None)
+    assert studio.session("anybody").pipe is studio.pipe
+
+
+def test_a_visitor_who_comes_back_has_their_model_or_is_told(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.stock("sd").save_pretrained(base := tmp_path / "base")
+    cat, handlers, now = "runs/adapter-cat/adapter", Handlers(studio, []), time.monotonic()
+    chosen = studio.choose_model("anybody", str(base), cat)
+
+    def much_later() -> None:
+        nonlocal now
+        now += 2 * SESSION_SECONDS
+        monkeypatch.setattr("nested_attention.ui.session.time", SimpleNamespace(monotonic=lambda: now))
+        studio.purge()
+
+    much_later()
+    session = studio.session("anybody")
+    assert session.pipe is chosen and session.lost is None
+    studio.choose_model("stranger", str(base), None)  # takes its place
+    much_later()
+    *_, told = handlers.generate(ANYBODY, *values(prompt="a tree"))
+    assert f"{base} had to go while you were away, and tiny is in use again" in told[2]
+    *_, last = handlers.generate(ANYBODY, *values(prompt="a tree"))
+    assert "Done" in last[1]  # said once
+    much_later()
+    assert studio.session("anybody").lost == str(base)  # which is what the page still shows
+    studio.choose_model("anybody", "tiny", None)
+    much_later()
+    assert studio.session("anybody").lost is None

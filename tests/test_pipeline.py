@@ -313,6 +313,8 @@ def test_unknown_kind_and_bad_placeholder(pipe: NestedAttentionPipeline) -> None
         pipe.encode("person", photo(1), placeholder="ada")
     with pytest.raises(NestedAttentionError, match="at least one"):
         pipe.encode("person", [])
+    with pytest.raises(NestedAttentionError, match="9 pictures of <person> were given; at most 8"):
+        pipe.encode("person", [photo(1)] * 9)
 
 
 def test_pictures_that_a_safety_checker_blanks_are_told(capsys: pytest.CaptureFixture[str]) -> None:

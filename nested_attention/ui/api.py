@@ -5,7 +5,6 @@ from typing import Any
 import gradio as gr
 
 from nested_attention import NestedAttentionError, Progress
-from nested_attention.prompts import placeholders
 from nested_attention.ui.explain import explain_point
 from nested_attention.ui.gpu import on_gpu
 from nested_attention.ui.session import Slot, result_of
@@ -27,15 +26,17 @@ def build_api(studio: Studio) -> None:
         request: gr.Request, kind: str, files: list[str] | None, placeholder: str = "", strength: float = 1.0, lam: float | None = None,
         token_weight: float = 1.0, framing: str = "",
     ) -> dict[str, Any]:  # fmt: skip
-        """Encodes the pictures of one subject and keeps it in the session; "framed" says what was done to each picture.
+        """Encodes the pictures of one subject and keeps it, as the last few, for /generate; "framed" says what was done to each picture.
 
         `lam` and `framing` ("whole", "face", "face 2", ...) are the adapter's own if not given.
         """
+        session = studio.session(str(request.session_hash))
+        pipe = session.pipe
         try:
-            session = studio.session(str(request.session_hash))
-            slot = Slot(kind, tuple(files or ()), strength, framing or framing_of(session.pipe, kind))
-            framed = framed_pictures(slot)
-            subject = studio.encode(session, slot, placeholder or None, framed, lam=lam, token_weight=token_weight)
+            slot = Slot(kind, tuple(files or ()), strength, framing or framing_of(pipe, kind))
+            framed = framed_pictures(slot, session.faces)
+            subject = studio.encode(session, pipe, slot, placeholder or None, framed, lam=lam, token_weight=token_weight)
+            session.remember(subject)
         except NestedAttentionError as error:
             raise spoken(error) from error
         said = [made.said for made in framed]
@@ -48,17 +49,17 @@ def build_api(studio: Studio) -> None:
         """Pictures of a prompt with the session's subjects that it names; and the parameters."""
         session = studio.session(str(request.session_hash))
         try:
-            named = placeholders(prompt or "")  # clients may send null, which the settings refuse in words
-            subjects = [session.subjects[name] for name in named if name in session.subjects]
-            for event in studio.generate(
-                session, prompt, subjects, negative_prompt=negative_prompt, num_images=num_images, steps=steps,
-                guidance_scale=guidance_scale, seed=seed,
-            ):  # fmt: skip
-                if not isinstance(event, Progress):
-                    return list(event.files), event.generation.settings.as_dict()
+            with session.running() as run:
+                subjects = session.named(prompt or "")  # clients may send null, which the settings refuse in words
+                for event in studio.generate(
+                    session, run, session.pipe, prompt, subjects, negative_prompt=negative_prompt, num_images=num_images, steps=steps,
+                    guidance_scale=guidance_scale, seed=seed,
+                ):  # fmt: skip
+                    if not isinstance(event, Progress):
+                        return list(event.files), event.generation.settings.as_dict()
+            raise NestedAttentionError("the line was lost while the pictures were drawn; ask for them again.")
         except NestedAttentionError as error:
             raise spoken(error) from error
-        raise AssertionError("a stream ends with its result")
 
     def explain(placeholder: str, picture: float | None, x: float | None, y: float | None, request: gr.Request) -> dict[str, Any]:
         """Shares of attention at the point (x, y), fractions of width and height, of a picture (counted from 0)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import gradio as gr
 
 from nested_attention import NestedAttentionPipeline
-from nested_attention.settings import LAST_SEED, RANGES
+from nested_attention.settings import RANGES
 from nested_attention.subjects import MAX_LAM, MAX_TOKEN_WEIGHT
 from nested_attention.ui.examples import READY_MADE, Example
 
@@ -92,7 +92,7 @@ def build_advanced(prompt: gr.Textbox, pipe: NestedAttentionPipeline, start: Exa
             )  # fmt: skip
             with gr.Column(min_width=140):
                 seed = gr.Number(
-                    start.seed if start else SEED, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, elem_id="seed",
+                    start.seed if start else SEED, label="Seed", precision=0, elem_id="seed",
                     info="The same seed repeats the same picture.",
                 )  # fmt: skip
                 new_seed = gr.Checkbox(

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from nested_attention import NestedAttentionError, Progress
+from nested_attention import NestedAttentionError, NestedAttentionPipeline, Progress
 from nested_attention.prompts import PLACEHOLDER, placeholders, slot_names
 from nested_attention.provenance import Provenance, SubjectNote, read_provenance
 from nested_attention.settings import MAX_SUBJECTS, random_seed
@@ -22,6 +22,7 @@ from nested_attention.ui.studio import Studio, missing_placeholders, put_into_pr
 
 PREVIEW_EVERY = 3  # steps between two previews
 WAITING = "Waiting for its turn …"
+LOOKING = "Looking at the subjects …"
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
     "person": ("a person", "a man", "a woman", "someone", "person"),
@@ -63,34 +64,31 @@ class Handlers:
         """Yields values for gallery, status, notice, offer and seed."""
         session = self._session(request)
         prompt, negative, num_images, steps, guidance, seed, new_seed, lam, token_weight = values[:CONTROLS]
-        seed = random_seed() if new_seed or seed is None else seed
+        new_seed = new_seed or seed is None
+        seed = random_seed() if new_seed else seed
         quiet, slots = ("", hidden(), gr.skip()), read_slots(values[CONTROLS:])
         if missing := missing_placeholders(prompt, slots):
             yield (gr.skip(), "", *offer_to_insert(missing), gr.skip())
             return
-        run = session.begin()
-        yield (gr.skip(), "Looking at the subjects …", *quiet)
         try:
-            subjects = self.studio.subjects_of_slots(session, slots, lam=lam, token_weight=token_weight)
-            for event in self.studio.generate(
-                session, prompt, subjects, negative_prompt=negative, num_images=num_images, steps=steps, guidance_scale=guidance, seed=seed,
-            ):  # fmt: skip
-                if isinstance(event, Progress):
-                    pictures: Any = gr.skip()
-                    if event.step % PREVIEW_EVERY == 1:
-                        pictures, session.previewing = [enlarged(image) for image in event.previews()], True
-                    with session.delivering(run) as wanted:
-                        if not wanted:
-                            return
+            with session.running() as run:
+                yield (gr.skip(), LOOKING, "", hidden(), seed if new_seed else gr.skip())
+                session.tell_lost()
+                pipe = session.pipe
+                subjects = self.studio.subjects_of_slots(session, pipe, slots, lam=lam, token_weight=token_weight)
+                for event in self.studio.generate(
+                    session, run, pipe, prompt, subjects, negative_prompt=negative, num_images=num_images, steps=steps,
+                    guidance_scale=guidance, seed=seed,
+                ):  # fmt: skip
+                    if isinstance(event, Progress):
+                        pictures: Any = gr.skip()
+                        if event.step % PREVIEW_EVERY == 1:
+                            pictures, session.previewing = [enlarged(image) for image in event.previews()], True
                         yield (pictures, f"Step {event.step} of {event.steps}", *quiet)
-                else:
-                    session.end(run)
-                    session.shown, session.previewing = event.files, False
-                    yield (list(event.files), finished(event), "", hidden(), event.generation.settings.seed)
-        except Exception as error:
-            session.end(run)
-            if not isinstance(error, NestedAttentionError):
-                raise
+                    else:
+                        session.shown, session.previewing = event.files, False
+                        yield (list(event.files), finished(event), *quiet)
+        except NestedAttentionError as error:
             yield (self._unfinished(session), "", warned(error), hidden(), gr.skip())
 
     def _unfinished(self, session: Session) -> Any:
@@ -107,6 +105,14 @@ class Handlers:
         stopped = session.stop() or status == WAITING
         return self._unfinished(session), "Cancelled." if stopped else gr.skip()
 
+    def failed(self, request: gr.Request) -> Any:
+        """What the gallery goes back to where a run ended in an error that is no sentence of ours, or never began.
+
+        So says gradio of cancelled ones too, but they are the business of who cancelled.
+        """
+        session = self._session(request)
+        return gr.skip() if session.runs else self._unfinished(session)
+
     def look_inside(self, request: gr.Request) -> list:
         """Values for all of "Look inside", and for the slider, which goes with the pictures that it compares."""
         session = self._session(request)
@@ -120,23 +126,16 @@ class Handlers:
             gr.Error: there is nothing to compare with, or it could not be drawn.
         """
         session = self._session(request)
-        run = session.begin()
         try:
             result = result_of(session)
-            for event in self.studio.without_subjects(session):
-                if isinstance(event, Progress):
-                    with session.delivering(run) as wanted:
-                        if not wanted:
-                            return
+            with session.running() as run:
+                for event in self.studio.without_subjects(session, run, result):
+                    if isinstance(event, Progress):
                         yield gr.skip(), f"With ordinary words: step {event.step} of {event.steps}"
-                else:
-                    session.end(run)
-                    session.compared = result.files
-                    yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
-        except Exception as error:
-            session.end(run)
-            if not isinstance(error, NestedAttentionError):
-                raise
+                    else:
+                        session.compared = result.files
+                        yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
+        except NestedAttentionError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def restore(self, path: str | None, request: gr.Request) -> list:
@@ -149,21 +148,23 @@ class Handlers:
         except NestedAttentionError as error:
             return [*nothing, warned(error), hidden()]
         session = self._session(request)
-        prompt, slots, told = restored(made, session, self.shipped | session.sources)
+        pipe = session.pipe
+        prompt, slots, told = restored(made, pipe, self.shipped | session.sources)
         settings = made.settings
         knobs = (made.subjects[0].lam, made.subjects[0].token_weight) if made.subjects else (gr.skip(), gr.skip())
         controls = [
             prompt, settings.negative_prompt, settings.num_images, settings.steps, settings.guidance_scale, settings.seed, False, *knobs,
         ]  # fmt: skip
-        return [*controls, *slot_updates(session.pipe, slots), told, hidden()]
+        return [*controls, *slot_updates(pipe, slots), told, hidden()]
 
     def pick(self, event: gr.SelectData, request: gr.Request) -> list:
         """Fills in an example, which was drawn with the model's defaults: values as of `restore`, then gallery and status.
 
-        What was drawn before is forgotten, for the gallery no longer shows it.
+        What was drawn before is forgotten, for the gallery no longer shows it, and what is being drawn ends.
         """
         example, session = self.examples[event.index], self._session(request)
-        session.result, session.shown, pipe = None, example.results, session.pipe
+        session.stop()
+        session.result, session.shown, session.previewing, pipe = None, example.results, False, session.pipe
         steps, guidance, negative, lam = knob_defaults(pipe)
         controls = [example.prompt, negative, PICTURES, steps, guidance, example.seed, False, lam, 1.0]
         known = [slot for slot in example.slots if slot.kind in pipe.kinds]
@@ -198,12 +199,12 @@ class Handlers:
         self.studio.close(str(request.session_hash))
 
 
-def restored(made: Provenance, session: Session, sources: Mapping[str, Slot]) -> tuple[str, list[Slot], str]:
+def restored(made: Provenance, pipe: NestedAttentionPipeline, sources: Mapping[str, Slot]) -> tuple[str, list[Slot], str]:
     """The prompt, the slots and what to say of a picture that was `made` anywhere.
 
     Slots have no names of their own, so a placeholder such as `<ada>` becomes that of its slot.
     """
-    known = [note for note in made.subjects if note.kind in session.pipe.kinds]
+    known = [note for note in made.subjects if note.kind in pipe.kinds]
     names = dict(zip((note.placeholder for note in known), slot_names([note.kind for note in known]), strict=True))
     slots, lost, told = [], [], ["Settings restored."]
     for note in known:
@@ -212,24 +213,24 @@ def restored(made: Provenance, session: Session, sources: Mapping[str, Slot]) ->
             files = tuple(slot.files[0] for slot in found)
             slots.append(Slot(note.kind, files, note.strength, found[0].framing, found[0].crop))
         else:
-            slots.append(waiting(note, session))
+            slots.append(waiting(note, pipe))
             lost.append(names[note.placeholder])
-    if made.base != session.pipe.base.name:
-        told.append(f"⚠️ It was made with {made.base}; {session.pipe.base.name}, which is in use, draws another picture.")
-    elif others := dict.fromkeys(n.kind for n in known if n.adapter not in ("", session.pipe.adapters[n.kind].revision)):
+    if made.base != pipe.base.name:
+        told.append(f"⚠️ It was made with {made.base}; {pipe.base.name}, which is in use, draws another picture.")
+    elif others := dict.fromkeys(n.kind for n in known if n.adapter not in ("", pipe.adapters[n.kind].revision)):
         told.append(f"⚠️ It was made with another adapter for {' and '.join(others)}; the one in use draws another picture.")
     if len({(note.lam, note.token_weight) for note in known}) > 1:
         knobs = ", ".join(f"`{names[note.placeholder]}` {note.lam:g} and {note.token_weight:g}" for note in known)
         told.append(f"⚠️ Its subjects had λ and token weights of their own ({knobs}); on this page all have those of the first.")
-    told += [f"⚠️ {no_adapter_for(session.pipe, note.kind)}" for note in made.subjects if note not in known]
+    told += [f"⚠️ {no_adapter_for(pipe, note.kind)}" for note in made.subjects if note not in known]
     if lost:
         told.append(f"Add the pictures of `{', '.join(lost)}` again: a PNG does not carry them.")
     return PLACEHOLDER.sub(lambda match: names.get(match.group().lower(), match.group()), made.settings.prompt), slots, " ".join(told)
 
 
-def waiting(note: SubjectNote, session: Session) -> Slot:
+def waiting(note: SubjectNote, pipe: NestedAttentionPipeline) -> Slot:
     """A slot for pictures that have to be added again, to be framed as they were where their kind can be."""
-    slot = replace(empty_slot(session.pipe, note.kind), strength=note.strength)
+    slot = replace(empty_slot(pipe, note.kind), strength=note.strength)
     known = note.framing in [way for _, way in framings(note.kind, face_number(note.framing))]
     return replace(slot, framing=note.framing, crop=note.crop) if known else slot
 

@@ -151,16 +151,19 @@ def loaded_text(pipe: NestedAttentionPipeline) -> str:
 def use_model(studio: Studio, changed: Callable[..., list[Any]], count: int) -> Callable[..., Iterator[list]]:
     """A handler that loads the chosen model and yields `about`, `note`, and then the `count` values of `changed(pipe, *before)`.
 
-    `before`: what the handler is given after the choice of base and adapter.
+    `before`: what the handler is given after the choice of base and adapter. Where the model stays, so does what the page holds.
     """
 
     def load(name: str, adapter: str, request: gr.Request, *before: Any) -> Iterator[list]:
-        session, problem = studio.session(str(request.session_hash)), ""
-        yield ["Loading; the first time it is downloaded …", "", *[gr.skip()] * count]
+        key, kept, problem = str(request.session_hash), [gr.skip()] * count, ""
+        session = studio.session(key)
+        shown = None if session.lost else session.pipe
+        yield ["Loading; the first time it is downloaded …", "", *kept]
         try:
-            studio.choose_model(session, base_of(name), adapter_of(adapter))
+            studio.choose_model(key, base_of(name), adapter_of(adapter))
         except NestedAttentionError as error:
             problem = f"⚠️ {error}"
-        yield [loaded_text(session.pipe), problem, *changed(session.pipe, *before)]
+        pipe = session.pipe
+        yield [loaded_text(pipe), problem, *(kept if pipe is shown else changed(pipe, *before))]
 
     return load

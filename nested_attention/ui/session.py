@@ -2,19 +2,26 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
+from typing import TypeVar
+
+from PIL import Image
 
 from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Subject, SubjectCache
-from nested_attention.faces import Box
+from nested_attention.faces import Box, Face, find_faces, insightface_ready
+from nested_attention.prompts import placeholders
 from nested_attention.provenance import UNCUT
 from nested_attention.tracing import SubjectMaps, Trace
 
 SESSION_SECONDS = 3600.0
 LEFT_SECONDS = 300.0  # a phone that slept or changed its network is back by then
 DELIVERY_SECONDS = 5.0  # a visitor whose line is dead is not waited for
+KEPT_SUBJECTS, KEPT_SEARCHES = 8, 64  # of a session
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished generation of a session: files of the pictures, what was traced, and who was in it."""
+    """A finished generation of a session: files of the pictures, what was traced, who was in it, and the model that drew it."""
 
+    pipe: NestedAttentionPipeline
     generation: Generation
     subjects: tuple[Subject, ...]
     maps: Trace
@@ -58,6 +66,14 @@ def new_cache() -> SubjectCache:
     return SubjectCache(512 << 20)
 
 
+def keep_last(kept: dict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """Writes into `kept`, whose oldest entries go beyond `most`."""
+    kept.pop(key, None)
+    kept[key] = value
+    while len(kept) > most:
+        kept.pop(next(iter(kept)), None)  # another thread may have been as quick
+
+
 class Run:
     """Something that is being drawn for a visitor.
 
@@ -74,15 +90,19 @@ class Run:
 class Session:
     """Gone an hour after its last use, or soon after its visitor.
 
-    `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the same way.
-    `runs`: what is being drawn and did not say its end yet. `shown`: files of the finished pictures that the gallery shows, None
-    as the page opened. `previewing`: it shows half-denoised ones instead. `compared`: files of those whose first the slider shows.
+    `lost`: the name of the model that its page shows, where another one had to take its place. `subjects`: by placeholder, those
+    that a client encoded last. `sources`: hash of what an encoder saw -> a slot with the one picture it was made of, framed in the
+    same way. `searches`: the faces of pictures. `runs`: what is being drawn and did not say its end yet. `shown`: files of the
+    finished pictures that the gallery shows, None as the page opened. `previewing`: it shows half-denoised ones instead.
+    `compared`: files of those whose first the slider shows.
     """
 
     pipe: NestedAttentionPipeline
+    lost: str | None = None
     cache: SubjectCache = field(default_factory=new_cache)
     subjects: dict[str, Subject] = field(default_factory=dict)
     sources: dict[str, Slot] = field(default_factory=dict)
+    searches: dict[tuple[str, str, bool], list[Face]] = field(default_factory=dict)
     result: Result | None = None
     runs: list[Run] = field(default_factory=list)
     shown: Sequence[str] | None = None
@@ -102,34 +122,82 @@ class Session:
 
     def turn_to(self, pipe: NestedAttentionPipeline) -> None:
         """Goes on with another model; what was encoded and drawn with the one before is forgotten."""
+        self.lost = None
         if pipe is not self.pipe:
             self.pipe, self.result, self.subjects, self.cache = pipe, None, {}, new_cache()
 
-    def begin(self) -> Run:
-        """Something is being drawn from now on, until `end` or `stop`."""
+    def tell_lost(self) -> None:
+        """Says once that the model of the page is not the one in use.
+
+        Raises:
+            NestedAttentionError: it is not.
+        """
+        if self.lost is not None:
+            name, self.lost = self.lost, None
+            raise NestedAttentionError(
+                f"{name} had to go while you were away, and {self.pipe.base.name} is in use again; choose {name} once more under "
+                f"“Model”, or press Generate again to draw with {self.pipe.base.name}."
+            )
+
+    def faces(self, image: Image.Image, kind: str) -> list[Face]:
+        """`find_faces`, which takes seconds, once for each picture."""
+        key = *SubjectCache.key(image, kind), insightface_ready()
+        found = self.searches.get(key)
+        if found is None:
+            found = find_faces(image, kind)
+        keep_last(self.searches, key, found, KEPT_SEARCHES)
+        return found
+
+    def remember(self, subject: Subject) -> None:
+        """Keeps a subject for later requests of the same client."""
+        keep_last(self.subjects, subject.placeholder, subject, KEPT_SUBJECTS)
+
+    def named(self, prompt: str) -> list[Subject]:
+        """The remembered subjects that a prompt names.
+
+        Raises:
+            NestedAttentionError: one is not there, or not any more.
+        """
+        names = placeholders(prompt)
+        if missing := [name for name in names if name not in self.subjects]:
+            raise NestedAttentionError(
+                f"the prompt names {', '.join(missing)}, but no such subject is kept; encode it again (the last {KEPT_SUBJECTS} are "
+                "kept), or take the word out."
+            )
+        return [self.subjects[name] for name in names]
+
+    @contextmanager
+    def running(self) -> Iterator[Run]:
+        """Something is being drawn inside the block, unless `stop` or `end` say otherwise."""
         self.runs.append(run := Run())
-        return run
+        try:
+            yield run
+        except GeneratorExit:  # the page went, or cancelled
+            run.stopped = True
+            raise
+        finally:
+            if not run.stopped:
+                self.end(run)
 
     def end(self, run: Run) -> None:
         """A run says its end itself; one that was stopped has none to say."""
         if run in self.runs:
             self.runs.remove(run)
 
-    @contextmanager
-    def delivering(self, run: Run) -> Iterator[bool]:
-        """Around a `yield` to the page; gives whether it is still wanted.
+    def delivered(self, run: Run, events: Iterable[Value]) -> Iterator[Value]:
+        """The events of a run, until it is stopped.
 
-        The page has it when the next value is asked for, and `stop` waits for that, so that what it says comes after.
+        The page has one when the next is asked for, and `stop` waits for that, so that what it says comes after.
         """
-        run.delivered.clear()
-        self.use()
-        try:
-            yield not run.stopped
-        except GeneratorExit:  # the page went, or cancelled, while it was on its way
-            run.stopped = True
-            raise
-        finally:
-            run.delivered.set()
+        for event in events:
+            run.delivered.clear()
+            self.use()
+            try:
+                if run.stopped:
+                    return
+                yield event
+            finally:
+                run.delivered.set()
 
     def stop(self) -> bool:
         """Ends all that is being drawn, after which it brings nothing to the page any more; false if there was nothing."""

@@ -8,12 +8,12 @@ import gradio as gr
 from PIL import Image
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
-from nested_attention.faces import SEARCHES
+from nested_attention.faces import SEARCHES, Face, find_faces
 from nested_attention.images import padded_square
 from nested_attention.prompts import slot_names
-from nested_attention.settings import MAX_SUBJECTS
+from nested_attention.settings import MAX_SUBJECTS, check_pictures
 from nested_attention.subjects import MAX_STRENGTH
-from nested_attention.ui.session import Slot
+from nested_attention.ui.session import Session, Slot
 from nested_attention.ui.studio import Studio, framed_pictures
 
 SIDES = {"Left": 0, "Top": 0, "Right": 100, "Bottom": 100}  # the crop that cuts nothing, in percent
@@ -110,14 +110,18 @@ class Seen:
     faces: int
 
 
-def seen(pipe: NestedAttentionPipeline, slot: Slot) -> Seen:
-    """Frames the pictures of a slot as they will be encoded; a problem is said in the note."""
+def seen(pipe: NestedAttentionPipeline, slot: Slot, find: Callable[[Image.Image, str], list[Face]] = find_faces) -> Seen:
+    """Frames the pictures of a slot as they will be encoded; a problem is said in the note. `find`: as of `faces.frame`."""
     if slot.files and slot.kind not in pipe.adapters:
         return Seen([], f"⚠️ {no_adapter_for(pipe, slot.kind)}", 0)
+    try:
+        check_pictures(slot.kind, len(slot.files))
+    except NestedAttentionError as error:
+        return Seen([], f"⚠️ {error}", 0)
     pictures, notes, faces = [], [], 0
     for file in slot.files:
         try:
-            (made,) = framed_pictures(replace(slot, files=(file,)))
+            (made,) = framed_pictures(replace(slot, files=(file,)), find)
             pictures.append(padded_square(made.image, pipe.adapters[slot.kind].config.image.size))
             notes.append(made.said)
             faces = max(faces, made.faces)
@@ -126,9 +130,10 @@ def seen(pipe: NestedAttentionPipeline, slot: Slot) -> Seen:
     return Seen(pictures, "\n\n".join(dict.fromkeys(notes)), faces)
 
 
-def look(pipe: NestedAttentionPipeline, slot: Slot) -> tuple[gr.Gallery, str, gr.Row, gr.Dropdown]:
+def look(session: Session, slot: Slot) -> tuple[gr.Gallery, str, gr.Row, gr.Dropdown]:
     """Values for a slot's preview, note, row of crop sliders and framing, which stays as it is unless that face is not there."""
-    found = seen(pipe, slot)
+    pipe = session.pipe
+    found = seen(pipe, slot, session.faces)
     ways = framings(slot.kind, found.faces)
     there = slot.framing in [way for _, way in ways]
     framing = gr.Dropdown(ways) if there else gr.Dropdown(ways, value=framing_of(pipe, slot.kind))
@@ -245,25 +250,25 @@ def build_slots(studio: Studio, filled: Sequence[Slot]) -> Slots:
     panels = [build_slot(pipe, k, slot, k in shown, label) for k, (slot, label) in enumerate(zip(first, buttons, strict=True))]
     more = gr.Button("+ another subject", size="sm", elem_id="more")
 
-    def pipe_of(request: gr.Request) -> NestedAttentionPipeline:
-        return studio.session(str(request.session_hash)).pipe
+    def session_of(request: gr.Request) -> Session:
+        return studio.session(str(request.session_hash))
 
     def looked(request: gr.Request, *values: Any) -> tuple[gr.Gallery, str, gr.Row, gr.Dropdown]:
-        return look(pipe_of(request), slot_of(values))
+        return look(session_of(request), slot_of(values))
 
     def reframed(kind: str, request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(framings(kind, 1), value=framing_of(pipe_of(request), kind))
+        return gr.Dropdown(framings(kind, 1), value=framing_of(session_of(request).pipe, kind))
 
     def labelled(*values: Any) -> list:
         *labels, line = slot_labels(read_slots(values))
         return [*(gr.Button(label, interactive=label != EMPTY) for label in labels), line]
 
     def redraw(request: gr.Request, *values: Any) -> list:
-        pipe = pipe_of(request)
-        return [*(value for slot in read_slots(values) for value in look(pipe, slot)), *labelled(*values)]
+        session = session_of(request)
+        return [*(value for slot in read_slots(values) for value in look(session, slot)), *labelled(*values)]
 
     def removed(number: int, kind: str | None, opened: list[int], request: gr.Request) -> list:
-        return without(pipe_of(request), number, kind, opened)
+        return without(session_of(request).pipe, number, kind, opened)
 
     names = gr.Markdown(named, render=False, elem_classes="notice", elem_id="names")
     slots = Slots(panels, more, gr.State(shown), names, no_adapter, redraw)

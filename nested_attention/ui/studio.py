@@ -3,7 +3,8 @@
 import gc
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -11,17 +12,22 @@ from typing import Any
 
 from PIL import Image
 
-from nested_attention import Generation, NestedAttentionPipeline, Progress, Subject, SubjectCache
-from nested_attention.bases import find_base
-from nested_attention.faces import Framed, frame
+from nested_attention import Generation, NestedAttentionError, NestedAttentionPipeline, Progress, Subject, SubjectCache
+from nested_attention.bases import Base
+from nested_attention.estimate import estimate
+from nested_attention.faces import Face, Framed, find_faces, frame
 from nested_attention.images import read_image
-from nested_attention.loading import base_folder
+from nested_attention.loading import base_folder, known_base
 from nested_attention.prompts import placeholders, slot_names
 from nested_attention.provenance import Provenance, SubjectNote
+from nested_attention.settings import check_pictures
 from nested_attention.subjects import EncodedImage
 from nested_attention.tracing import Trace
-from nested_attention.ui.session import Result, Session, Slot, result_of
+from nested_attention.ui.session import Result, Run, Session, Slot, keep_last
 
+Choice = tuple[str, str | None]  # names of a base and an adapter, None for those of the base
+CHOICES = 1000  # of visitors, that are remembered beyond their sessions
+PURGE_SECONDS = 60.0
 JOINING = {"in", "on", "at", "under", "by", "with", "wearing", "among", "near", "next", "smiling", "and"}
 
 
@@ -30,46 +36,83 @@ class Studio:
 
     `pipe` is what everybody starts with; `adapter` is the one that was named to load it, None for those of the base. One
     other model is kept beside it; the next one takes its place, and whoever still works with the old one keeps it until the
-    end of the session.
+    end of the session. A request takes its model once, for it may be changed while it is being answered.
     """
 
     def __init__(self, pipe: NestedAttentionPipeline, adapter: str | None = None):
         self.pipe, self.adapter = pipe, adapter
-        self._other: tuple[tuple[str, str | None], NestedAttentionPipeline] | None = None
+        self._other: tuple[Choice, NestedAttentionPipeline] | None = None
         self._sessions: dict[str, Session] = {}
+        self._chosen: dict[str, Choice] = {}  # by the keys of sessions
         self._lock, self._loading = Lock(), Lock()
 
-    def choose_model(self, session: Session, base: str, adapter: str | None) -> NestedAttentionPipeline:
-        """Gives the session another model, loaded (and fetched) first if need be. Its subjects are forgotten.
+    def choose_model(self, key: str, base: str, adapter: str | None) -> NestedAttentionPipeline:
+        """Gives the session of one visitor another model, loaded (and fetched) first if need be. Its subjects are forgotten.
 
         Raises:
-            NestedAttentionError: the model or the adapter cannot be had. If that is found while loading, the session has the
-                first model from then on.
+            NestedAttentionError: the model or the adapter cannot be had, or a CPU has too little memory for them. If the session's
+                own model had to go to find that, it has the first one from then on.
         """
         with self._loading:
-            if (base, adapter) == (self.pipe.base.name, self.adapter):
-                chosen = self.pipe
-            elif self._other is not None and self._other[0] == (base, adapter):
-                chosen = self._other[1]
-            else:
-                base_folder(find_base(base))  # what cannot be had changes nothing
-                session.turn_to(self.pipe)  # two large models at once would not fit into most GPUs
-                self._other = None
-                gc.collect()
+            choice = base, adapter
+            if (chosen := self._loaded(choice)) is None:
+                preset = known_base(base)
+                if self._shortage(preset, adapter):
+                    self._let_go(key)  # perhaps that is enough
+                    if shortage := self._shortage(preset, adapter):
+                        raise NestedAttentionError(shortage)
+                base_folder(preset)  # what cannot be had changes nothing
+                self._let_go(key)  # two large models at once would not fit into most GPUs
                 chosen = NestedAttentionPipeline.from_pretrained(base, adapter, self.pipe.device)
-                self._other = (base, adapter), chosen
-        session.turn_to(chosen)
+                self._other = choice, chosen
+            keep_last(self._chosen, key, choice, CHOICES)
+        self.session(key).turn_to(chosen)
         return chosen
 
+    def _loaded(self, choice: Choice) -> NestedAttentionPipeline | None:
+        """The model of a choice, if it is here."""
+        if choice == (self.pipe.base.name, self.adapter):
+            return self.pipe
+        return self._other[1] if self._other is not None and self._other[0] == choice else None
+
+    def _let_go(self, key: str) -> None:
+        """Gives up the other model, also where the session has it."""
+        self._chosen.pop(key, None)
+        self.session(key).turn_to(self.pipe)
+        self._other = None
+        gc.collect()
+
+    def _shortage(self, preset: Base, adapter: str | None) -> str | None:
+        """What to say where a CPU has too little memory for a model: the system would end the app for everybody. A GPU has its ladder."""
+        cost = estimate(preset, self.pipe.device, adapter)
+        if self.pipe.device.type != "cpu" or cost.fits:
+            return None
+        return (
+            f"{preset.name} would take {cost.memory:.1f} GB of memory here, of which only {cost.free:.1f} GB are free; "
+            "choose a smaller model, or close what else uses it."
+        )
+
     def session(self, key: str) -> Session:
-        """The session of one visitor; others that were not used for long are dropped."""
+        """The session of one visitor, who comes back with the model that they had, if it is still loaded."""
         with self._lock:
             if key not in self._sessions:
-                self._sessions[key] = Session(self.pipe)
+                choice = self._chosen.get(key, (self.pipe.base.name, self.adapter))
+                pipe = self._loaded(choice)
+                self._sessions[key] = Session(self.pipe, lost=choice[0]) if pipe is None else Session(pipe)
             session = self._sessions[key]
             session.use()
-            self._sessions = {name: one for name, one in self._sessions.items() if not one.over}
             return session
+
+    def purge(self) -> None:
+        """Drops the sessions that were not used for long, and with them the visitors' pictures."""
+        with self._lock:
+            self._sessions = {key: session for key, session in self._sessions.items() if not session.over}
+
+    def purge_for_ever(self) -> None:
+        """For a thread of its own: nobody else may come to drop the last visitor's session."""
+        while True:
+            time.sleep(PURGE_SECONDS)
+            self.purge()
 
     def close(self, key: str) -> None:
         """A visitor's line is down: what is being drawn ends, and the session soon, unless they come back."""
@@ -78,61 +121,61 @@ class Studio:
                 self._sessions[key].leave()
 
     def encode(
-        self, session: Session, slot: Slot, placeholder: str | None = None, framed: Sequence[Framed] | None = None, **knobs: Any
-    ) -> Subject:
-        """Encodes the pictures of one subject and remembers it under its placeholder. `framed`: they, if that was done already.
+        self, session: Session, pipe: NestedAttentionPipeline, slot: Slot, placeholder: str | None = None,
+        framed: Sequence[Framed] | None = None, **knobs: Any,
+    ) -> Subject:  # fmt: skip
+        """Encodes the pictures of one subject. `framed`: they, if that was done already.
 
         Raises:
-            NestedAttentionError: the slot has no picture, one cannot be used, or a value is out of its range.
+            NestedAttentionError: the slot has no picture or too many, one cannot be used, or a value is out of its range.
         """
-        pictures = [made.image for made in (framed_pictures(slot) if framed is None else framed)]
-        subject = session.pipe.encode(slot.kind, pictures, placeholder, slot.strength, cache=session.cache, **knobs)
-        session.subjects[subject.placeholder] = subject
+        pictures = [made.image for made in (framed_pictures(slot, session.faces) if framed is None else framed)]
+        subject = pipe.encode(slot.kind, pictures, placeholder, slot.strength, cache=session.cache, **knobs)
         for image, file in zip(subject.images, slot.files, strict=True):
             session.sources[picture_hash(image)] = replace(slot, files=(file,))
         return subject
 
-    def subjects_of_slots(self, session: Session, slots: Sequence[Slot], **knobs: Any) -> list[Subject]:
+    def subjects_of_slots(self, session: Session, pipe: NestedAttentionPipeline, slots: Sequence[Slot], **knobs: Any) -> list[Subject]:
         """The subjects of all slots that hold a picture.
 
         Raises:
             NestedAttentionError: as of `encode`.
         """
-        return [self.encode(session, slot, name, **knobs) for name, slot in named_slots(slots).items()]
+        return [self.encode(session, pipe, slot, name, **knobs) for name, slot in named_slots(slots).items()]
 
-    def generate(self, session: Session, prompt: str, subjects: Sequence[Subject], **settings: Any) -> Iterator[Progress | Result]:
-        """Progress after every step, then the result, which the session keeps.
+    def generate(
+        self, session: Session, run: Run, pipe: NestedAttentionPipeline, prompt: str, subjects: Sequence[Subject], **settings: Any
+    ) -> Iterator[Progress | Result]:
+        """Progress after every step, then the result, which the session keeps and which ends the run; less if the run is stopped.
 
         Raises:
             NestedAttentionError: the prompt or a setting cannot be used, memory ran out, or the pictures cannot be saved.
         """
-        maps, pipe = Trace(), session.pipe
-        stream = pipe.stream(prompt, subjects, maps=maps, **settings)
-        try:
-            for event in stream:
+        maps = Trace()
+        with closing(pipe.stream(prompt, subjects, maps=maps, **settings)) as stream:
+            for event in session.delivered(run, stream):
                 if isinstance(event, Progress):
                     yield event
                 else:
                     session.result = self._keep(session, pipe, event, tuple(subjects), maps)
+                    session.end(run)
                     yield session.result
-        finally:
-            stream.close()
 
-    def without_subjects(self, session: Session) -> Iterator[Progress | Image.Image]:
-        """The first picture of the last result once more, its subjects as ordinary words: progress, then the picture.
+    def without_subjects(self, session: Session, run: Run, result: Result) -> Iterator[Progress | Image.Image]:
+        """The first picture of a result once more, its subjects as ordinary words: as of `generate`, the picture last.
 
         Raises:
-            NestedAttentionError: nothing was generated yet, or memory ran out.
+            NestedAttentionError: memory ran out.
         """
-        result = result_of(session)
         ordinary = [subject.but(strength=0.0) for subject in result.subjects]
         settings = result.generation.settings.as_dict() | {"num_images": 1}
-        stream = session.pipe.stream(settings.pop("prompt"), ordinary, **settings)
-        try:
-            for event in stream:
-                yield event if isinstance(event, Progress) else event.images[0]
-        finally:
-            stream.close()
+        with closing(result.pipe.stream(settings.pop("prompt"), ordinary, **settings)) as stream:
+            for event in session.delivered(run, stream):
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    session.end(run)
+                    yield event.images[0]
 
     def _keep(
         self, session: Session, pipe: NestedAttentionPipeline, generation: Generation, subjects: tuple[Subject, ...], maps: Trace
@@ -142,7 +185,9 @@ class Studio:
             path = Path(session.folder.name) / f"{time.time_ns()}-seed{made.settings.seed}.png"
             made.save(image, path)
             files.append(str(path))
-        return Result(generation, subjects, maps, tuple(files))
+        if maps.recorder is not None:
+            maps.recorder.move_to_cpu()
+        return Result(pipe, generation, subjects, maps, tuple(files))
 
 
 def picture_hash(image: EncodedImage) -> str:
@@ -172,13 +217,14 @@ def noted(pipe: NestedAttentionPipeline, subject: Subject, sources: Mapping[str,
     )
 
 
-def framed_pictures(slot: Slot) -> list[Framed]:
-    """The pictures of a slot as the adapter gets to see them, and what was done to each.
+def framed_pictures(slot: Slot, find: Callable[[Image.Image, str], list[Face]] = find_faces) -> list[Framed]:
+    """The pictures of a slot as the adapter gets to see them, and what was done to each. `find`: as of `faces.frame`.
 
     Raises:
-        NestedAttentionError: a picture or the crop cannot be used.
+        NestedAttentionError: there are too many pictures, or one or the crop cannot be used.
     """
-    return [frame(read_image(file), slot.kind, slot.framing, slot.crop) for file in slot.files]
+    check_pictures(slot.kind, len(slot.files))
+    return [frame(read_image(file), slot.kind, slot.framing, slot.crop, find) for file in slot.files]
 
 
 def named_slots(slots: Sequence[Slot]) -> dict[str, Slot]:
