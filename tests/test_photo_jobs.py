@@ -122,6 +122,7 @@ def later(job: Job, **changes) -> Job:
 
 def test_an_adapter_of_other_sizes_is_no_start(job: Job, tmp_path: Path) -> None:
     tiny.adapter(tiny.stock("sdxl").unet, "person", value_norm="full", framing="face").save(tmp_path / "six")
+    tiny.vision().save_pretrained(tmp_path / "six/vision")
     with pytest.raises(NestedAttentionError, match=r"six/adapter\.safetensors has other sizes than the config and the base"):
         replace(job, init=tmp_path / "six").model()
     with pytest.raises(NestedAttentionError, match=r"none/adapter\.safetensors is not there, .*train\.keys --kind person\), or .* --init"):

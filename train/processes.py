@@ -37,7 +37,7 @@ def shard(model: nn.Module, units: list[nn.Module], device: torch.device, proces
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         if isinstance(unit, QFormer):
-            register_fsdp_forward_method(unit, "reading")
+            register_fsdp_forward_method(unit, "read")
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
