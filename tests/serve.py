@@ -1,10 +1,13 @@
 """The app as a process of its own for tests: `python -m tests.serve PORT`, on tiny random weights."""
 
 import sys
+import time
 
 from app import launch
 from nested_attention.ui.studio import Studio
 from tests import tiny
 
 if __name__ == "__main__":
-    launch(Studio(tiny.pipeline("sd")), int(sys.argv[1]))
+    pipe = tiny.pipeline("sd")
+    pipe.stock.unet.register_forward_hook(lambda *_: time.sleep(0.03))  # so that there is time to cancel 150 steps
+    launch(Studio(pipe), int(sys.argv[1]))
