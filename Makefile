@@ -30,7 +30,7 @@ check: .venv/dev
 # The browser test needs a Chromium; on Debian and Ubuntu, as root, it is installed.
 .PHONY: chromium
 chromium:
-	@command -v chromium chromium-browser google-chrome >/dev/null \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
 	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "No Chromium found and none could be installed: the browser test will fail and say so."
 
