@@ -70,7 +70,7 @@ def test_the_first_press_on_a_fresh_page_draws_the_first_example(handlers: Handl
 def test_a_full_queue_keeps_nobody_from_filling_in_the_page(pipe: NestedAttentionPipeline) -> None:
     waiting = {event.name for event in build_app(Studio(pipe)).fns.values() if event.fn and event.queue}
     waiting.remove("close")  # which gradio calls itself
-    assert waiting == {"_compare", "_generate", "cancelled", "encode", "fetch_faces", "generate", "load", "pick"}
+    assert waiting == {"_compare", "_generate", "encode", "fetch_faces", "generate", "load"}
 
 
 def test_a_bad_upload_is_said_in_its_slot(pipe: NestedAttentionPipeline, photos: list[str], tmp_path: Path) -> None:

@@ -90,18 +90,16 @@ def build_app(studio: Studio) -> gr.Blocks:
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         running.failure(handlers.failed, None, gallery, queue=False, show_progress="hidden", api_visibility="private")
-        cancel.click(  # not around the queue: its answer takes the line of the steps, behind those that are on their way
-            handlers.cancelled, status, [gallery, status], cancels=[running, compared], concurrency_limit=None,
-            show_progress="hidden", api_visibility="private",
+        cancel.click(
+            handlers.cancelled, status, [gallery, status], cancels=[running, compared], queue=False, show_progress="hidden",
+            api_visibility="private",
         )  # fmt: skip
         offer.click(insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
         for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, queue=False, api_visibility="private")
         page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
         restored = dropped.upload(handlers.restore, dropped, page_values, queue=False, api_visibility="private")
-        picked = covers.select(  # in the line of the steps too, for the same reason
-            handlers.pick, None, [*page_values, gallery, status], concurrency_limit=None, api_visibility="private",
-        )  # fmt: skip
+        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], queue=False, api_visibility="private")
         covers.select(None, cancels=[running, compared])  # also those that wait for their turn
         chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, queue=False, api_visibility="private")
         kinds = [panel.kind for panel in slots.panels]

@@ -19,6 +19,7 @@ from nested_attention.tracing import SubjectMaps, Trace
 SESSION_SECONDS = 3600.0
 LEFT_SECONDS = 300.0  # a phone that slept or changed its network is back by then
 DELIVERY_SECONDS = 5.0  # a visitor whose line is dead is not waited for
+ARRIVAL_SECONDS = 0.4  # steps come by the queue's stream, which is looked at now and then; an answer outside it would overtake the last
 KEPT_SUBJECTS, KEPT_SEARCHES = 8, 64  # of a session
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -206,6 +207,8 @@ class Session:
             run.stopped = True
         for run in runs:
             run.delivered.wait(DELIVERY_SECONDS)
+        if runs:
+            time.sleep(ARRIVAL_SECONDS)
         return bool(runs)
 
     def leave(self) -> None:
