@@ -9,5 +9,5 @@ from tests import tiny
 
 if __name__ == "__main__":
     pipe = tiny.pipeline("sd")
-    pipe.stock.unet.register_forward_hook(lambda *_: time.sleep(0.15))  # a busy browser lags behind, and 150 steps have to be there to be cancelled
+    pipe.stock.unet.register_forward_hook(lambda *_: time.sleep(0.15))  # a busy browser lags behind, and 150 steps are to be cancelled
     launch(Studio(pipe), int(sys.argv[1]))
