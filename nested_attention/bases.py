@@ -79,7 +79,7 @@ BASES = {
         Base(
             "storybook", "StableDiffusionPipeline", str(ASSETS / "storybook/base"), None, None, ASSETS / "storybook/adapters",
             steps=10, fast_steps=5, guidance_scale=2.5, negative_prompt="", size=128, sizes=(128, 128, 8), gigabytes=0.07,
-            adapter_gigabytes=0.02, subject_gigabytes=0.01, teraflops=0.015, licence="MIT",
+            adapter_gigabytes=0.02, subject_gigabytes=0.01, teraflops=0.013, licence="MIT",
         ),
         Base(
             "sd15", "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
@@ -90,7 +90,7 @@ BASES = {
             "sdxl", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
             "fp16", None, steps=30, fast_steps=12, guidance_scale=5.0,
             negative_prompt="bad anatomy, monochrome, lowres, worst quality, low quality", size=1024, sizes=(512, 2048, 8),
-            gigabytes=6.9, adapter_gigabytes=0.9, subject_gigabytes=1.6, teraflops=25.0, licence="CreativeML Open RAIL++-M",
+            gigabytes=6.9, adapter_gigabytes=0.9, subject_gigabytes=1.6, teraflops=13.5, licence="CreativeML Open RAIL++-M",
         ),
     )
 }  # fmt: skip
@@ -99,7 +99,7 @@ BASES |= {  # the same bases in few steps
     preset.name: preset
     for preset in (
         replace(
-            BASES["sdxl"], name="sdxl-lightning", teraflops=12.5, steps=4, fast_steps=4, guidance_scale=1.0,
+            BASES["sdxl"], name="sdxl-lightning", teraflops=6.8, steps=4, fast_steps=4, guidance_scale=1.0,
             few_steps=FewSteps(
                 "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", "sdxl_lightning_4step_lora.safetensors", 0.4,
                 "EulerDiscreteScheduler", {"timestep_spacing": "trailing"},

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nested_attention import NestedAttentionError
 from nested_attention import estimate as module
-from nested_attention.bases import BASES
+from nested_attention.bases import BASES, unet_settings
+from nested_attention.bench.step import SCALES, Bench
 from nested_attention.estimate import IMAGE_ENCODER, estimate, teraflops_per_second
 from nested_attention.hub import commit_of, fetch
 from nested_attention.memory import LADDER
@@ -40,7 +43,7 @@ def test_memory_counts_what_works_beside_the_base_in_the_dtype_that_is_used() ->
 
 def test_seconds_and_download() -> None:
     cost = estimate(replace(BASES["sdxl"], source="nobody/nothing"), CPU)
-    assert cost.seconds == pytest.approx(30 * 25 / 6)
+    assert cost.seconds == pytest.approx(30 * 13.5 / 6)
     assert (cost.fetched, cost.download) == (False, BASES["sdxl"].gigabytes)
     shipped = estimate(BASES["storybook"], CPU)
     assert (shipped.fetched, shipped.download) == (True, 0.0)
@@ -49,7 +52,7 @@ def test_seconds_and_download() -> None:
 def test_what_comes_to_the_device_layer_by_layer_takes_its_time() -> None:
     sdxl = BASES["sdxl"]
     unet = LADDER[2].share * sdxl.gigabytes  # in 16 bit
-    assert estimate(sdxl, CUDA).seconds == pytest.approx(30 * (25 / 6 + unet / 6))
+    assert estimate(sdxl, CUDA).seconds == pytest.approx(30 * (13.5 / 6 + unet / 6))
 
 
 def test_an_adapter_and_its_image_encoder_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +85,12 @@ def test_an_adapter_and_its_image_encoder_are_counted(tmp_path: Path, monkeypatc
 
 def test_the_speed_is_measured() -> None:
     assert 0 < teraflops_per_second(CPU) < 1000
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_work_of_a_step_is_what_torch_counts(scale: str) -> None:
+    with torch.device("meta"):
+        bench = Bench(UNet2DConditionModel.from_config(unet_settings(scale)))
+        with FlopCounterMode(display=False) as counter:
+            bench.step()
+    assert counter.get_total_flops() / 1e12 == pytest.approx(BASES[scale].teraflops, rel=0.05)
