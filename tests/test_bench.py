@@ -10,6 +10,7 @@ import torch
 from nested_attention.__main__ import main
 from nested_attention.attention import LayerSubject, plain
 from nested_attention.bases import UNETS
+from nested_attention.bench.layers import layer_table, query_lengths
 from nested_attention.bench.step import COLUMNS, LENGTH, VARIANTS, Bench, step_table
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.bench.yardsticks import DirectProcessor
@@ -33,6 +34,23 @@ def test_every_form_is_timed_and_leaves_no_trace(architecture: str) -> None:
     assert 0 < table["ours, 4 x 16"]["cache_mb"] == pytest.approx(4 * table["ours, 1 x 16"]["cache_mb"])
     assert step_table(bench, 1, ["ours, 1 x 16"]).keys() == {"stock", "ours, 1 x 16"}
     VARIANTS["stock"](bench, 0)
+    assert bench.unet.attn_processors == bench.ours
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_what_subjects_add_to_the_layers_is_timed(architecture: str) -> None:
+    bench = Bench(tiny.pipeline(architecture).stock.unet)
+    seen: dict[str, int] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].shape[1]}))
+        for name, layer in bench.layers.items()
+    ]
+    bench.step()
+    for hook in hooks:
+        hook.remove()
+    assert query_lengths(bench.unet) == seen
+    table = layer_table(bench, 1)
+    assert list(table) == ["ours, 1 x 256", "ours, 1 x 1024", "ours, 4 x 1024"] and all(row["nested"] > 0 for row in table.values())
     assert bench.unet.attn_processors == bench.ours
 
 
@@ -66,6 +84,7 @@ def test_the_command_prints_and_writes_what_it_measured(monkeypatch: pytest.Monk
     said, written = capsys.readouterr().out, json.loads((tmp_path / "sd15.json").read_text())
     assert "direct form, 1 x 1024" in said and f"sd15 on {written['device']}, {written['dtype']}, torch" in said
     assert written["dtype"] == str(best_dtype(best_device())).removeprefix("torch.")
+    assert "all cross-attention layers, alone" in said and written["layers"]["ours, 1 x 256"].keys() == {"added", "nested"}
     assert written["scale"] == "sd15" and {"seconds", "ratio", "peak_mb", "extra_mb", "cache_mb"} == written["step"]["stock"].keys()
 
 

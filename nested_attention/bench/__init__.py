@@ -1,7 +1,8 @@
 """How fast it is on this machine, and what the nested attention costs: `python -m nested_attention bench --scale sdxl`.
 
 `--scale storybook` times what a visitor waits for, and one U-Net step; `sd15` and `sdxl` one step of the full-size
-U-Net with random weights, stock and in every form, interleaved. Ratios to the stock step are what travels.
+U-Net with random weights, stock and in every form, interleaved. Ratios to the stock step are what travels. Last come the
+cross-attention layers alone: what subjects add to them, and where that goes.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nested_attention import NestedAttentionPipeline
+from nested_attention.bench.layers import layer_table
 from nested_attention.bench.step import SCALES, VARIANTS, Bench, build_unet, step_table
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.files import replaced
@@ -57,11 +59,18 @@ def run(options: argparse.Namespace) -> None:
         report["seconds"] = visitor_table(NestedAttentionPipeline.from_pretrained("storybook"))
         for name, value in report["seconds"].items():
             print(f"  {name:36s} {value:8.3f} s")
-    report["step"] = step_table(Bench(build_unet(options.scale)), options.repeats, options.only)
+    bench = Bench(build_unet(options.scale))
+    report["step"] = step_table(bench, options.repeats, options.only)
     print(f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'peak':>9s} {'over stock':>11s} {'K/V cache':>10s}")
     for name, row in report["step"].items():
         megabytes = f"{row['peak_mb']:6.0f} MB {row['extra_mb']:8.0f} MB {row['cache_mb']:7.0f} MB"
         print(f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {megabytes}")
+    report["layers"] = layer_table(bench)
+    stock = report["step"]["stock"]["seconds"]
+    print(f"  {'all cross-attention layers, alone':36s} {'added':>9s} {'to stock':>9s} {'nested attention':>17s} {'all else':>9s}")
+    for name, row in report["layers"].items():
+        added, nested = row["added"], row["nested"]
+        print(f"  {name:36s} {added:7.3f} s {added / stock:+8.1%} {nested:15.3f} s {added - nested:7.3f} s")
     if options.json:
         with replaced(options.json) as fresh:
             fresh.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,81 @@
+"""Where the time of subjects goes: cross-attention layers alone, many times, for which whole steps take too long.
+
+A step differs from the next by more than a subject costs; a layer of each shape, times how often it occurs, does not.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from nested_attention.attention import LayerSubject, nested_values
+from nested_attention.bench.step import Bench, wait_for_device
+
+SUBJECTS = (1, 256), (1, 1024), (4, 1024)  # how many, of how many tokens each
+REPEATS = 15  # counted, after two that are not
+
+
+@torch.no_grad()
+def layer_table(bench: Bench, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
+    """Seconds that subjects add to all cross-attention layers of a step, and how much of it is the nested attention itself:
+    its two products and its softmax."""
+    bench.install()
+    lengths = query_lengths(bench.unet)
+    alike: dict[tuple[int, int, int], list[str]] = {}  # layers of one shape
+    for name, attention in bench.layers.items():
+        alike.setdefault((lengths[name], attention.heads, attention.to_q.in_features), []).append(name)
+    table: dict[str, dict[str, float]] = {}
+    for count, tokens in SUBJECTS:
+        condition = bench.condition(count, tokens)
+        total = {"stock": 0.0, "ours": 0.0, "nested": 0.0}
+        for (length, _, width), names in alike.items():
+            attention, subjects = bench.layers[names[0]], condition.layers[names[0]]
+            hidden = torch.randn(2, length, width, **bench.like)
+            query = attention.to_q(hidden[:1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (1, heads, HW, d)
+            works: dict[str, Callable[[], object]] = {
+                "stock": partial(attention, hidden, bench.states),
+                "ours": partial(attention, hidden, bench.states, nested=condition),
+                "nested": partial(all_nested_values, query, subjects),
+            }
+            for name, seconds in interleaved(works, repeats).items():
+                total[name] += len(names) * seconds
+        table[f"ours, {count} x {tokens}"] = {"added": total["ours"] - total["stock"], "nested": total["nested"]}
+    return table
+
+
+def all_nested_values(query: Tensor, subjects: Sequence[LayerSubject]) -> None:
+    for subject in subjects:
+        nested_values(query, subject)
+
+
+def query_lengths(unet: UNet2DConditionModel) -> dict[str, int]:
+    """Layer -> how many queries it has at the U-Net's own size. Found on a twin without weights, which computes nothing."""
+    lengths: dict[str, int] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        lengths[name] = args[0].shape[1]
+
+    with torch.device("meta"):
+        twin = Bench(UNet2DConditionModel.from_config(unet.config))
+        for name, attention in twin.layers.items():
+            attention.register_forward_pre_hook(partial(note, name))
+        twin.step()
+    return lengths
+
+
+def interleaved(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each; they take turns, so that a slow moment of the machine meets all."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(repeats + 2):
+        for name, work in works.items():
+            wait_for_device()
+            start = time.perf_counter()
+            work()
+            wait_for_device()
+            if number > 1:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
