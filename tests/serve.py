@@ -9,5 +9,7 @@ from tests import tiny
 
 if __name__ == "__main__":
     pipe = tiny.pipeline("sd")
-    pipe.stock.unet.register_forward_hook(lambda *_: time.sleep(0.15))  # a busy browser lags behind, and 150 steps are to be cancelled
+    pipe.stock.unet.register_forward_hook(
+        lambda *_: time.sleep(0.1)
+    )  # else a busy browser lags behind until there is nothing left to cancel
     launch(Studio(pipe), int(sys.argv[1]))

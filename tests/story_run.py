@@ -25,6 +25,7 @@ class Stopped(Exception):
 class SmallTask(StorybookTask):
     """Adapter training on tiny Storybook components; draws no grids and can be made to stop."""
 
+    sampled = 8
     stop_after = 10**9
 
     def loss(self, model, batch):

@@ -60,6 +60,10 @@ def pictures(page: Page) -> list[str | None]:
     return [image.get_attribute("src") for image in page.locator("#gallery img").all()]
 
 
+def status_becomes(page: Page, words: str) -> None:
+    page.wait_for_function(f"document.querySelector('#status').innerText.includes({words!r})", timeout=60_000)
+
+
 def carried(page: Page, folder: Path) -> Settings:
     """The settings in the first picture, as it is served."""
     (file := folder / "served.png").write_bytes(urllib.request.urlopen(pictures(page)[0] or "").read())
@@ -164,7 +168,7 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.click("#inside button >> nth=0")
         assert "Press Generate first" in page.inner_text("#inside-intro")
         page.click("#generate")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        status_becomes(page, "Done")
         assert carried(page, tmp_path).prompt == page.input_value("#prompt textarea")
         page.wait_for_selector("#outer img", timeout=30_000)
         page.click("#outer img")
@@ -208,7 +212,7 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.click("#offer")
         page.wait_for_function("document.querySelector('#prompt textarea').value == '<cat> in the snow'")
         page.click("#generate")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        status_becomes(page, "Done")
         page.fill("#prompt textarea", "   ")
         page.click("#generate")
         page.wait_for_function("document.querySelector('#notice').innerText.includes('does not say')")
@@ -218,14 +222,14 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.check("#new-seed input")
         before = page.input_value("#seed input")
         page.click("#generate")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('Done')", timeout=60_000)
+        status_becomes(page, "Done")
         drawn, seed = pictures(page), carried(page, tmp_path).seed
         assert page.input_value("#seed input") == str(seed) != before and f"Seed {seed}–{seed + 3}" in page.inner_text("#status")
         page.fill("#steps input[type=number]", "150")
         page.click("#generate")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('Step 5')", timeout=60_000)
+        status_becomes(page, "Step 5")
         page.click("#cancel")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('Cancelled')")
+        status_becomes(page, "Cancelled")
         page.wait_for_timeout(1000)
         assert pictures(page) == drawn and "Cancelled" in page.inner_text("#status")
         page.click("text=Settings in a picture")
@@ -233,3 +237,28 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         page.wait_for_function(f"document.querySelector('#seed input').value == '{seed}'")
         page.wait_for_function("document.querySelector('#notice').innerText.includes('Settings restored')")
         assert page.input_value("#steps input[type=number]") != "150"
+
+
+def test_who_waits_can_cancel_and_an_example_ends_a_run(url: str) -> None:
+    with open_browser() as browser:
+        first, second = browser.new_page(), browser.new_page()
+        for page in (first, second):
+            page.goto(url)
+            page.wait_for_selector("#generate", timeout=60_000)
+            page.click("text=Advanced")
+        first.fill("#steps input[type=number]", "150")
+        first.click("#generate")
+        status_becomes(first, "Step 5")
+        begin = pictures(second)
+        for _ in range(2):  # who cancelled may ask again at once
+            second.click("#generate")
+            status_becomes(second, "Waiting")
+            second.click("#cancel")
+            status_becomes(second, "Cancelled.")
+        second.click("#generate")
+        status_becomes(second, "Waiting")
+        first.click("#examples button >> nth=1")
+        status_becomes(first, "A finished example")
+        status_becomes(second, "Done")
+        assert "A finished example" in first.inner_text("#status") and len(pictures(first)) == len(begin)
+        assert pictures(second) != begin

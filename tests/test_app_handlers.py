@@ -26,7 +26,7 @@ from tests.page import ANYBODY, panels, read, sent
 def test_an_example_fills_the_page(handlers: Handlers) -> None:
     example = handlers.examples[1]
     event: Any = SimpleNamespace(index=1)
-    *filled, opened, notice, offer, pictures, status = handlers.pick(event, ANYBODY)
+    *filled, opened, notice, offer, pictures, status, _ = handlers.pick(event, ANYBODY)
     assert pictures == list(example.results) and opened == [0, 1] and "press Generate" in status
     assert (notice, offer.visible) == ("", False)  # of something else
     assert read(filled)[:3] == [*example.slots, empty_slot(handlers.studio.pipe, "person")]
@@ -35,7 +35,7 @@ def test_an_example_fills_the_page(handlers: Handlers) -> None:
     handlers.studio.session("anybody").pipe = lonely = tiny.pipeline("sd")
     del lonely.adapters["cat"]
     filled = handlers.pick(event, ANYBODY)
-    assert read(filled)[0].kind == "person" and "no adapter for cat" in filled[-1]
+    assert read(filled)[0].kind == "person" and "no adapter for cat" in filled[-2]
 
 
 def test_a_ready_made_prompt_brings_the_subjects_it_names(handlers: Handlers, photos: list[str]) -> None:

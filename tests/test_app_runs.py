@@ -13,22 +13,17 @@ import pytest
 from nested_attention.ui import inside
 from nested_attention.ui.app import build_app
 from nested_attention.ui.explain import SHOWN, enlarged, explain_point
-from nested_attention.ui.handlers import WAITING, Handlers, finished
+from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, finished
 from nested_attention.ui.slots import Slot
 from tests import tiny
 from tests.page import ANYBODY, drawn, values
 
 
 def cancelled(handlers: Handlers, run: Iterator) -> tuple:
-    """Cancels while a step is on its way to the page: that arrives first, and later steps show nothing."""
-    session = handlers.studio.session(ANYBODY.session_hash)
-    with ThreadPoolExecutor() as threads:
-        answer = threads.submit(handlers.cancelled, "Step 1 of 30", ANYBODY)
-        while session.runs:
-            time.sleep(0.01)
-        assert not answer.done()
-        assert list(run) == []
-        return answer.result()
+    """Cancels while a step is on its way to the page, which changes nothing there: the run does, as its last word."""
+    assert handlers.cancel("Step 1 of 30", ANYBODY) == (gr.skip(), gr.skip())
+    (last,) = run
+    return last[:2]
 
 
 def test_what_ends_too_early_leaves_the_last_finished_pictures(
@@ -45,13 +40,13 @@ def test_what_ends_too_early_leaves_the_last_finished_pictures(
     handlers.pick(SimpleNamespace(index=1), ANYBODY)
     assert cancelled(handlers, preview()) == (list(other.results), "Cancelled.")
     made = drawn(handlers, slot)
-    preview().close()  # as gradio does, which may come first
-    assert handlers.cancelled("Step 1 of 30", ANYBODY) == (list(made.files), "Cancelled.")
+    assert cancelled(handlers, preview()) == (list(made.files), "Cancelled.")
     run = handlers.compare(ANYBODY)
     assert "ordinary words: step 1" in next(run)[1]
     assert cancelled(handlers, run) == (gr.skip(), "Cancelled.")
-    assert handlers.cancelled(finished(made), ANYBODY) == (gr.skip(), gr.skip())  # nothing was under way
-    assert handlers.cancelled(WAITING, ANYBODY) == (gr.skip(), "Cancelled.")  # it was not this visitor's turn yet
+    assert handlers.cancel(finished(made), ANYBODY) == (gr.skip(), gr.skip())  # nothing was under way
+    status, forgotten = handlers.cancel(WAITING, ANYBODY)  # it was not this visitor's turn yet
+    assert status == "Cancelled." and forgotten != gr.skip()
 
     session = handlers.studio.session(ANYBODY.session_hash)
     monkeypatch.setattr(session, "folder", SimpleNamespace(name=str(Path(photos[0]))))  # a file, where no picture can be saved
@@ -59,9 +54,6 @@ def test_what_ends_too_early_leaves_the_last_finished_pictures(
     assert last[0] == list(made.files) and "cannot be written" in last[2]
     *_, last = handlers.generate(ANYBODY, *values(slot, steps=0))
     assert last[0] == gr.skip() and "steps is 0" in last[2] and session.runs == []
-    preview().close()
-    assert handlers.failed(ANYBODY) == gr.skip()  # it is being cancelled
-    assert handlers.cancelled("Step 1 of 30", ANYBODY)[0] == list(made.files)
     run = preview()
     monkeypatch.setattr("nested_attention.ui.handlers.enlarged", {}.pop)  # an error that no sentence foresaw
     with pytest.raises(KeyError):
@@ -86,8 +78,18 @@ def test_an_example_ends_what_is_being_drawn(handlers: Handlers, photos: list[st
     session = handlers.studio.session(ANYBODY.session_hash)
     run = handlers.generate(ANYBODY, *values(Slot("person", (photos[0],)), steps=30))
     next(run)
-    handlers.pick(SimpleNamespace(index=1), ANYBODY)
-    assert list(run) == [] and session.result is None and session.shown == handlers.examples[1].results
+    *_, pictures, status, _ = handlers.pick(SimpleNamespace(index=1), ANYBODY)
+    (last,) = run
+    assert last[:2] == (pictures, status) == (list(handlers.examples[1].results), EXAMPLE)  # whichever of the two comes last
+    assert session.result is None and session.shown == handlers.examples[1].results
+
+
+def test_a_run_that_is_stopped_as_it_ends_is_stopped(handlers: Handlers, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, session = drawn(handlers, slot := Slot("person", (photos[0],))), handlers.studio.session(ANYBODY.session_hash)
+    keep = handlers.studio._keep
+    monkeypatch.setattr(handlers.studio, "_keep", lambda *asked: (session.stop("Cancelled."), keep(*asked))[1])
+    *_, last = handlers.generate(ANYBODY, *values(slot))
+    assert last[:2] == (list(made.files), "Cancelled.") and session.result is made
 
 
 def test_two_runs_of_a_visitor_end_apart(handlers: Handlers, photos: list[str]) -> None:
@@ -108,7 +110,7 @@ def test_two_runs_of_a_visitor_end_apart(handlers: Handlers, photos: list[str]) 
     assert "Done" in last[1] and session.runs == []
     runs = [handlers.generate(ANYBODY, *values(slot)), handlers.compare(ANYBODY)]
     list(map(next, runs))
-    assert session.stop() and [list(run) for run in runs] == [[], []]
+    assert session.stop("Cancelled.") and [[event[1] for event in run] for run in runs] == [["Cancelled."]] * 2
 
 
 def test_a_visitor_may_come_back_soon(handlers: Handlers, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

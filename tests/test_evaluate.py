@@ -69,7 +69,8 @@ def test_the_same_pictures_are_asked_for_with_and_without_a_subject() -> None:
         assert with_one.picture == without.picture and "<cat>" in with_one.said.text and "<" not in without.said.text
 
 
-def test_renders_in_the_place_of_pictures_score_as_renders() -> None:
+def test_renders_in_the_place_of_pictures_score_as_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.evaluate.GALLERY_VIEWS", 1)
     judge, cases = load_judge(ASSETS / "storybook/judge"), [make_case("cat", index, True) for index in range(12)]
     scores = measure(judge, "cat", cases, [render(case.picture).image for case in cases])
     assert {"kind", "scene", "style", "accessory", FOUND.format("cat"), FOUND_IN_COLOUR.format("cat")} <= scores.keys()

@@ -189,7 +189,6 @@ def test_settings_that_cannot_be_are_said(tmp_path: Path, changes: dict, words: 
 def first_gradient(accumulation: int, folder: Path) -> dict[str, Tensor]:
     """What is there when all parts of the first batch have been through, by parameter."""
     made, found = task(), {}
-    made.white = dict  # type: ignore[method-assign]  # would take longest, and is for what comes after the gradient
     for name, parameter in made.model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda learning, name=name: found.update({name: learning.grad.clone()}))

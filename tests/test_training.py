@@ -169,7 +169,6 @@ def test_all_that_a_base_computes_with_goes_where_the_model_goes() -> None:
 
 
 def test_white_coordinates_and_grids_are_made_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.storybook.task.HELD_OUT", 2)
     made = task()
     made.model.to("meta")
     assert {value.device.type for value in made.white().values()} == {"meta"}

@@ -6,7 +6,7 @@ from nested_attention import NestedAttentionPipeline
 from nested_attention.ui.api import build_api
 from nested_attention.ui.controls import build_advanced, build_prompt, build_ready_made, knob_updates
 from nested_attention.ui.examples import load_examples
-from nested_attention.ui.handlers import EXAMPLE, WAITING, Handlers, insert_missing, insert_one
+from nested_attention.ui.handlers import CANCELLING, EXAMPLE, LOOKING, WAITING, Handlers, insert_missing, insert_one
 from nested_attention.ui.inside import build_inside
 from nested_attention.ui.models import build_models, use_model
 from nested_attention.ui.slots import build_slots, framing_of, framings
@@ -83,24 +83,25 @@ def build_app(studio: Studio) -> gr.Blocks:
 
         outputs = [gallery, status, notice, offer, controls.seed]
         asked = [generate_button.click, prompt.submit]
-        gr.on(asked, None, None, status, js=f"() => {WAITING!r}", api_visibility="private")  # until it is this visitor's turn
+        until_its_turn = f"() => {WAITING!r}"
+        gr.on([*asked, compare.click], None, None, status, js=until_its_turn, api_visibility="private")
         running = gr.on(
             asked, handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         running.failure(handlers.failed, None, gallery, queue=False, show_progress="hidden", api_visibility="private")
-        cancel.click(
-            handlers.cancelled, status, [gallery, status], cancels=[running, compared], queue=False, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+        until_its_end = f"(status) => /^({LOOKING}|Step|With)/.test(status) ? {CANCELLING!r} : status"
+        cancel.click(None, status, status, js=until_its_end, api_visibility="private")
+        forgotten = gr.State()  # changes when runs that wait for their turn are to be taken out of the queue
+        cancel.click(handlers.cancel, status, [status, forgotten], queue=False, show_progress="hidden", api_visibility="private")
+        forgotten.change(None, cancels=[running, compared])
         offer.click(insert_missing, [prompt, *slots.inputs], [prompt, notice, offer], queue=False, api_visibility="private")
         for panel in slots.panels:
             panel.insert.click(insert_one, [prompt, panel.insert, panel.kind], prompt, queue=False, api_visibility="private")
         page_values = [*controls.inputs, *slots.inputs, slots.opened, notice, offer]
         restored = dropped.upload(handlers.restore, dropped, page_values, queue=False, api_visibility="private")
-        picked = covers.select(handlers.pick, None, [*page_values, gallery, status], queue=False, api_visibility="private")
-        covers.select(None, cancels=[running, compared])  # also those that wait for their turn
+        picked = covers.select(handlers.pick, None, [*page_values, gallery, status, forgotten], queue=False, api_visibility="private")
         chosen = ready_made.click(handlers.ready_made, [ready_made, *slots.inputs], page_values, queue=False, api_visibility="private")
         kinds = [panel.kind for panel in slots.panels]
         adapted = [slots.no_adapter, *kinds, *(panel.framing for panel in slots.panels), *controls.adapted]

@@ -1,5 +1,6 @@
 """What happens on the page when somebody presses something. Problems are said where they occur; nothing is cleared."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from nested_attention.ui.studio import Studio, missing_placeholders, put_into_pr
 
 PREVIEW_EVERY = 3  # steps between two previews
 WAITING = "Waiting for its turn …"
+CANCELLING, CANCELLED = "Cancelling …", "Cancelled."
 LOOKING = "Looking at the subjects …"
 EXAMPLE = "A finished example; press Generate to draw it here."
 ORDINARY = {
@@ -88,6 +90,9 @@ class Handlers:
                     else:
                         session.shown, session.previewing = event.files, False
                         yield (list(event.files), finished(event), *quiet)
+                if run.last is not None:
+                    session.previewing = False
+                    yield (self._last_finished(session), run.last, *quiet)
         except NestedAttentionError as error:
             yield (self._unfinished(session), "", warned(error), hidden(), gr.skip())
 
@@ -96,22 +101,22 @@ class Handlers:
         if not session.previewing:
             return gr.skip()
         session.previewing = False
-        shown = (self.start.results if self.start else ()) if session.shown is None else session.shown
-        return list(shown)
+        return self._last_finished(session)
 
-    def cancelled(self, status: str, request: gr.Request) -> tuple[Any, Any]:
-        """Values for gallery and status, which was `status`; nothing changes where nothing was under way."""
-        session = self._session(request)
-        stopped = session.stop() or status == WAITING
-        return self._unfinished(session), "Cancelled." if stopped else gr.skip()
+    def _last_finished(self, session: Session) -> list[str]:
+        return list((self.start.results if self.start else ()) if session.shown is None else session.shown)
+
+    def cancel(self, status: str, request: gr.Request) -> tuple[Any, Any]:
+        """Values for status, which was `status`, and for what has runs forgotten that wait for their turn.
+
+        What is being drawn says itself that it is cancelled; nothing changes where nothing was under way.
+        """
+        stopped = self._session(request).stop(CANCELLED)
+        return (CANCELLED, time.time()) if status == WAITING and not stopped else (gr.skip(), gr.skip())
 
     def failed(self, request: gr.Request) -> Any:
-        """What the gallery goes back to where a run ended in an error that is no sentence of ours, or never began.
-
-        So says gradio of cancelled ones too, but they are the business of who cancelled.
-        """
-        session = self._session(request)
-        return gr.skip() if session.runs else self._unfinished(session)
+        """What the gallery goes back to where a run ended in an error that is no sentence of ours, or never began."""
+        return self._unfinished(self._session(request))
 
     def look_inside(self, request: gr.Request) -> list:
         """Values for all of "Look inside", and for the slider, which goes with the pictures that it compares."""
@@ -135,7 +140,10 @@ class Handlers:
                     else:
                         session.compared = result.files
                         yield (enlarged(event), enlarged(result.generation.images[0])), finished(result)
+                if run.last is not None:
+                    yield gr.skip(), run.last
         except NestedAttentionError as error:
+            yield gr.skip(), "" if session.result is None else finished(session.result)  # it does not wait any more
             raise gr.Error(str(error), print_exception=False) from error
 
     def restore(self, path: str | None, request: gr.Request) -> list:
@@ -158,18 +166,20 @@ class Handlers:
         return [*controls, *slot_updates(pipe, slots), told, hidden()]
 
     def pick(self, event: gr.SelectData, request: gr.Request) -> list:
-        """Fills in an example, which was drawn with the model's defaults: values as of `restore`, then gallery and status.
+        """Fills in an example, which was drawn with the model's defaults: values as of `restore`, then gallery, status, and what has
+        runs forgotten that wait for their turn.
 
         What was drawn before is forgotten, for the gallery no longer shows it, and what is being drawn ends.
         """
         example, session = self.examples[event.index], self._session(request)
-        session.stop()
         session.result, session.shown, session.previewing, pipe = None, example.results, False, session.pipe
         steps, guidance, negative, lam = knob_defaults(pipe)
         controls = [example.prompt, negative, PICTURES, steps, guidance, example.seed, False, lam, 1.0]
         known = [slot for slot in example.slots if slot.kind in pipe.kinds]
         unknown = [f"⚠️ {no_adapter_for(pipe, slot.kind)}" for slot in example.slots if slot not in known]
-        return [*controls, *slot_updates(pipe, known), "", hidden(), list(example.results), " ".join([EXAMPLE, *unknown])]
+        status = " ".join([EXAMPLE, *unknown])
+        forgotten = gr.skip() if session.stop(status) else time.time()
+        return [*controls, *slot_updates(pipe, known), "", hidden(), list(example.results), status, forgotten]
 
     def ready_made(self, sample: list[str], request: gr.Request, *values: Any) -> list:
         """Writes a ready-made prompt and sees to the subjects that it names: values as of `restore`, from those of the slots.

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event
 from typing import TypeVar
 
 from PIL import Image
@@ -18,8 +17,6 @@ from nested_attention.tracing import SubjectMaps, Trace
 
 SESSION_SECONDS = 3600.0
 LEFT_SECONDS = 300.0  # a phone that slept or changed its network is back by then
-DELIVERY_SECONDS = 5.0  # a visitor whose line is dead is not waited for
-ARRIVAL_SECONDS = 0.4  # steps come by the queue's stream, which is looked at now and then; an answer outside it would overtake the last
 KEPT_SUBJECTS, KEPT_SEARCHES = 8, 64  # of a session
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -75,16 +72,16 @@ def keep_last(kept: dict[Key, Value], key: Key, value: Value, most: int) -> None
         kept.pop(next(iter(kept)), None)  # another thread may have been as quick
 
 
+@dataclass(eq=False)
 class Run:
     """Something that is being drawn for a visitor.
 
-    `stopped`: nobody wants it any more. `delivered`: nothing of it is on its way to the page.
+    `stopped`: nobody wants it any more. `last`: the status that it then leaves on the page, if that is still there. The run says
+    it itself, as its last word: steps that are on their way would come after what anybody else says.
     """
 
-    def __init__(self) -> None:
-        self.stopped = False
-        self.delivered = Event()
-        self.delivered.set()
+    stopped: bool = False
+    last: str | None = None
 
 
 @dataclass
@@ -173,42 +170,33 @@ class Session:
         self.runs.append(run := Run())
         try:
             yield run
-        except GeneratorExit:  # the page went, or cancelled
+        except GeneratorExit:  # the page went
             run.stopped = True
             raise
         finally:
             if not run.stopped:
                 self.end(run)
 
-    def end(self, run: Run) -> None:
-        """A run says its end itself; one that was stopped has none to say."""
-        if run in self.runs:
+    def end(self, run: Run) -> bool:
+        """A run is through; false if it was stopped before."""
+        wanted = run in self.runs
+        if wanted:
             self.runs.remove(run)
+        return wanted
 
-    def delivered(self, run: Run, events: Iterable[Value]) -> Iterator[Value]:
-        """The events of a run, until it is stopped.
-
-        The page has one when the next is asked for, and `stop` waits for that, so that what it says comes after.
-        """
+    def until_stopped(self, run: Run, events: Iterable[Value]) -> Iterator[Value]:
+        """The events of a run."""
         for event in events:
-            run.delivered.clear()
             self.use()
-            try:
-                if run.stopped:
-                    return
-                yield event
-            finally:
-                run.delivered.set()
+            if run.stopped:
+                return
+            yield event
 
-    def stop(self) -> bool:
-        """Ends all that is being drawn, after which it brings nothing to the page any more; false if there was nothing."""
+    def stop(self, last: str) -> bool:
+        """Ends all that is being drawn, after the step that it is at, with this status; false if there was nothing."""
         runs, self.runs = self.runs, []
         for run in runs:
-            run.stopped = True
-        for run in runs:
-            run.delivered.wait(DELIVERY_SECONDS)
-        if runs:
-            time.sleep(ARRIVAL_SECONDS)
+            run.last, run.stopped = last, True
         return bool(runs)
 
     def leave(self) -> None:

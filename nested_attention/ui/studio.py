@@ -153,13 +153,14 @@ class Studio:
         """
         maps = Trace()
         with closing(pipe.stream(prompt, subjects, maps=maps, **settings)) as stream:
-            for event in session.delivered(run, stream):
+            for event in session.until_stopped(run, stream):
                 if isinstance(event, Progress):
                     yield event
-                else:
-                    session.result = self._keep(session, pipe, event, tuple(subjects), maps)
-                    session.end(run)
-                    yield session.result
+                    continue
+                result = self._keep(session, pipe, event, tuple(subjects), maps)
+                if session.end(run):
+                    session.result = result
+                    yield result
 
     def without_subjects(self, session: Session, run: Run, result: Result) -> Iterator[Progress | Image.Image]:
         """The first picture of a result once more, its subjects as ordinary words: as of `generate`, the picture last.
@@ -170,11 +171,10 @@ class Studio:
         ordinary = [subject.but(strength=0.0) for subject in result.subjects]
         settings = result.generation.settings.as_dict() | {"num_images": 1}
         with closing(result.pipe.stream(settings.pop("prompt"), ordinary, **settings)) as stream:
-            for event in session.delivered(run, stream):
+            for event in session.until_stopped(run, stream):
                 if isinstance(event, Progress):
                     yield event
-                else:
-                    session.end(run)
+                elif session.end(run):
                     yield event.images[0]
 
     def _keep(

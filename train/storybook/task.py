@@ -16,14 +16,13 @@ from train.storybook.picture import render
 from train.storybook.sampling import sample_picture
 from train.whitening import whitening
 
-HELD_OUT = 192  # samples
-
 
 @dataclass
 class StorybookTask(AdapterTask):
     """Samples from the Storybook world."""
 
     diffusion: Diffusion
+    sampled = 192  # samples for the held-out loss, and for the coordinates of the nested projections
     prompts = ("a drawing of {} in the snow", "{} on the beach", "a drawing of {} smiling on a blue background")
 
     def pictures(self, split: str, length: int) -> Dataset:
@@ -34,14 +33,14 @@ class StorybookTask(AdapterTask):
         return self.pictures("train", length)
 
     def held_out(self) -> Iterable[Batch]:
-        return DataLoader(self.pictures("validation", HELD_OUT), 32)
+        return DataLoader(self.pictures("validation", self.sampled), 32)
 
     @torch.no_grad()
     def white(self) -> dict[str, Tensor]:
         """For the nested projections: they read tokens, here those of the first samples."""
         adapter = self.model.adapter
         device = self.model.stock.unet.device
-        batches = (moved(batch, device) for batch in DataLoader(self.dataset(HELD_OUT), 32))
+        batches = (moved(batch, device) for batch in DataLoader(self.dataset(self.sampled), 32))
         tokens = torch.cat([adapter.qformer(self.model.conditions(batch)["features"].float()) for batch in batches])
         white = whitening(tokens.flatten(0, 1))
         return {name: white for name, _ in self.model.named_parameters() if name.startswith("adapter.layers.")}
