@@ -10,6 +10,6 @@ from tests import tiny
 if __name__ == "__main__":
     pipe = tiny.pipeline("sd")
     pipe.stock.unet.register_forward_hook(
-        lambda *_: time.sleep(0.1)
+        lambda *_: time.sleep(0.2)
     )  # else a busy browser lags behind until there is nothing left to cancel
     launch(Studio(pipe), int(sys.argv[1]))

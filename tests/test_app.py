@@ -241,24 +241,26 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
 
 def test_who_waits_can_cancel_and_an_example_ends_a_run(url: str) -> None:
     with open_browser() as browser:
-        first, second = browser.new_page(), browser.new_page()
-        for page in (first, second):
+        one, waiting = browser.new_page(), browser.new_page()
+        for page in (one, waiting):
             page.goto(url)
             page.wait_for_selector("#generate", timeout=60_000)
-            page.click("text=Advanced")
-        first.fill("#steps input[type=number]", "150")
-        first.click("#generate")
-        status_becomes(first, "Step 5")
-        begin = pictures(second)
-        for _ in range(2):  # who cancelled may ask again at once
-            second.click("#generate")
-            status_becomes(second, "Waiting")
-            second.click("#cancel")
-            status_becomes(second, "Cancelled.")
-        second.click("#generate")
-        status_becomes(second, "Waiting")
-        first.click("#examples button >> nth=1")
-        status_becomes(first, "A finished example")
-        status_becomes(second, "Done")
-        assert "A finished example" in first.inner_text("#status") and len(pictures(first)) == len(begin)
-        assert pictures(second) != begin
+        one.click("text=Advanced")
+        one.fill("#steps input[type=number]", "150")
+        one.keyboard.press("Tab")
+        one.click("#generate")
+        status_becomes(one, "of 150")
+        other = Client(url, verbose=False)  # two draw at a time
+        other.submit("a tree", "", 1, 150, 3.0, 5, api_name="/generate")
+        begin = pictures(waiting)
+        waiting.click("#generate")
+        status_becomes(waiting, "Waiting")
+        waiting.click("#cancel")
+        status_becomes(waiting, "Cancelled.")
+        waiting.click("#generate")  # who cancelled may ask again at once
+        status_becomes(waiting, "Waiting")
+        one.click("#examples button >> nth=1")
+        status_becomes(one, "A finished example")
+        status_becomes(waiting, "Done")
+        assert pictures(waiting) != begin
+        assert "A finished example" in one.inner_text("#status") and len(pictures(one)) == len(begin)

@@ -84,7 +84,7 @@ def build_app(studio: Studio) -> gr.Blocks:
         outputs = [gallery, status, notice, offer, controls.seed]
         asked = [generate_button.click, prompt.submit]
         until_its_turn = f"() => {WAITING!r}"
-        gr.on([*asked, compare.click], None, None, status, js=until_its_turn, api_visibility="private")
+        gr.on([*asked, compare.click], None, None, status, js=until_its_turn, show_progress="hidden", api_visibility="private")
         running = gr.on(
             asked, handlers.generate, [*controls.inputs, *slots.inputs], outputs, concurrency_id="pipeline",
             show_progress="hidden", api_visibility="private",
@@ -92,7 +92,7 @@ def build_app(studio: Studio) -> gr.Blocks:
         compared = compare.click(handlers.compare, None, [slider, status], concurrency_id="pipeline", api_visibility="private")
         running.failure(handlers.failed, None, gallery, queue=False, show_progress="hidden", api_visibility="private")
         until_its_end = f"(status) => /^({LOOKING}|Step|With)/.test(status) ? {CANCELLING!r} : status"
-        cancel.click(None, status, status, js=until_its_end, api_visibility="private")
+        cancel.click(None, status, status, js=until_its_end, show_progress="hidden", api_visibility="private")
         forgotten = gr.State()  # changes when runs that wait for their turn are to be taken out of the queue
         cancel.click(handlers.cancel, status, [status, forgotten], queue=False, show_progress="hidden", api_visibility="private")
         forgotten.change(None, cancels=[running, compared])
