@@ -9,7 +9,6 @@ from tests import tiny
 
 if __name__ == "__main__":
     pipe = tiny.pipeline("sd")
-    pipe.stock.unet.register_forward_hook(
-        lambda *_: time.sleep(0.2)
-    )  # else a busy browser lags behind until there is nothing left to cancel
+    # A step takes its time: else a busy browser lags behind until there is nothing left to cancel.
+    pipe.stock.unet.register_forward_hook(lambda *_: time.sleep(0.2))
     launch(Studio(pipe), int(sys.argv[1]))

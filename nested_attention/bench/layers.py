@@ -3,8 +3,6 @@
 A step differs from the next by more than a subject costs; a layer of each shape, times how often it occurs, does not.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,10 +11,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from nested_attention.attention import LayerSubject, nested_values
-from nested_attention.bench.step import Bench, wait_for_device
+from nested_attention.bench.step import Bench
+from nested_attention.bench.timing import median_seconds
 
 SUBJECTS = (1, 256), (1, 1024), (4, 1024)  # how many, of how many tokens each
-REPEATS = 15  # counted, after two that are not
+REPEATS = 15
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def layer_table(bench: Bench, repeats: int = REPEATS) -> dict[str, dict[str, flo
                 "ours": partial(attention, hidden, bench.states, nested=condition),
                 "nested": partial(all_nested_values, query, subjects),
             }
-            for name, seconds in interleaved(works, repeats).items():
+            for name, seconds in median_seconds(works, repeats).items():
                 total[name] += len(names) * seconds
         table[f"ours, {count} x {tokens}"] = {"added": total["ours"] - total["stock"], "nested": total["nested"]}
     return table
@@ -65,17 +64,3 @@ def query_lengths(unet: UNet2DConditionModel) -> dict[str, int]:
             attention.register_forward_pre_hook(partial(note, name))
         twin.step()
     return lengths
-
-
-def interleaved(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each; they take turns, so that a slow moment of the machine meets all."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats + 2):
-        for name, work in works.items():
-            wait_for_device()
-            start = time.perf_counter()
-            work()
-            wait_for_device()
-            if number > 1:
-                taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from nested_attention.adapters import cross_attention_layers
 from nested_attention.attention import LayerSubject, NestedAttnProcessor
 from nested_attention.bases import UNETS, unet_settings
+from nested_attention.bench.timing import wait_for_device
 from nested_attention.bench.yardsticks import DecoupledProcessor, DirectProcessor, randomize
 from nested_attention.condition import NestedCondition
 from nested_attention.loading import best_device, best_dtype
@@ -160,12 +161,6 @@ def timed(step: Callable[[], None]) -> tuple[float, float]:
     step()
     wait_for_device()
     return time.perf_counter() - start, peak_megabytes(cuda) - before
-
-
-def wait_for_device() -> None:
-    """Until it has done what it was told so far; a CPU always has."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def reset_peak(cuda: bool) -> float:

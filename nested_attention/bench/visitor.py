@@ -1,33 +1,17 @@
 """What a visitor of Storybook waits for, in seconds."""
 
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from nested_attention import NestedAttentionPipeline, SubjectCache, trace
-from nested_attention.bench.step import wait_for_device
+from nested_attention.bench.timing import median_seconds
 
 REPEATS = 5
 LOAD = "import time; t = time.perf_counter(); from nested_attention import NestedAttentionPipeline as P; P.from_pretrained(); print(time.perf_counter() - t)"
-
-
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median duration of `work` after one warm-up."""
-    work()
-    taken = []
-    for _ in range(repeats):
-        wait_for_device()
-        start = time.perf_counter()
-        work()
-        wait_for_device()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def load_seconds() -> float:
@@ -38,7 +22,10 @@ def load_seconds() -> float:
 def visitor_table(pipe: NestedAttentionPipeline, repeats: int = REPEATS) -> dict[str, float]:
     """Medians in seconds with a loaded `pipe`, by what is waited for; and once, what loading Storybook takes."""
     out = {"import and load": load_seconds()}
-    seconds = partial(median_seconds, repeats=repeats)
+
+    def seconds(work: Callable[[], object]) -> float:
+        return median_seconds({"": work}, repeats)[""]
+
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     kind = pipe.kinds[0]
     out["encode one picture"] = seconds(lambda: pipe.encode(kind, picture, cache=SubjectCache()))

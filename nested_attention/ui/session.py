@@ -170,12 +170,8 @@ class Session:
         self.runs.append(run := Run())
         try:
             yield run
-        except GeneratorExit:  # the page went
-            run.stopped = True
-            raise
         finally:
-            if not run.stopped:
-                self.end(run)
+            self.end(run)
 
     def end(self, run: Run) -> bool:
         """A run is through; false if it was stopped before."""
