@@ -16,6 +16,7 @@ from train.personalizer import Personalizer
 from train.photos.cache import FeatureCache
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
+from train.processes import training_command
 
 RESOLUTION = 64
 SMALL = replace(BASES["sdxl"], size=32, sizes=(16, 64, 8), steps=1)
@@ -46,7 +47,11 @@ def main() -> None:
     torch.set_num_threads(1)
     for steps in map(int, stops):
         fit(task(photos), loop(steps, accumulation=2), Path(out), {})
+    if torch.distributed.is_initialized():
+        for _ in range(20):  # nobody waits for these or holds what they send, so that gloo's threads are at it as the command ends
+            torch.distributed.all_reduce(torch.ones(200_000), async_op=True)
 
 
 if __name__ == "__main__":
-    main()
+    with training_command():
+        main()

@@ -22,7 +22,6 @@ from nested_attention.adapters import WEIGHTS, Adapter, AdapterConfig, read_conf
 from nested_attention.bases import BASES, find_base
 from nested_attention.encoder import ImageConfig, QFormerConfig, feature_dim
 from nested_attention.encoding import ImageEncoders, on_hub
-from nested_attention.errors import spoken_at_exit
 from nested_attention.faces import SEARCHES
 from nested_attention.hub import commit_of
 from nested_attention.loading import load_base
@@ -34,7 +33,7 @@ from train.photos.dataset import buckets
 from train.photos.sample import Source
 from train.photos.sources import open_source
 from train.photos.task import PhotoTask
-from train.processes import asked_to_shard, this_process
+from train.processes import asked_to_shard, this_process, training_command
 from train.settings import check, read_section
 from train.start import noted
 
@@ -189,7 +188,6 @@ class Job:
             metrics = {said: logged[name] for name, said in METRICS.items() if name in logged}
             weights = {name.removeprefix("adapter."): value for name, value in learned.items()}
             save_adapter(self.out / "adapter", replace(model.adapter.config, metrics=metrics), weights)
-        state.destroy_process_group()
         return self.out / "adapter"
 
 
@@ -273,10 +271,10 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or Path(f"runs/adapter-{options.kind}")
     word = options.word or options.kind
-    with spoken_at_exit():
+    with training_command():
         config = read_section(options.config or default_config(options.base), "adapter")
         folder = Job(options.kind, word, options.base, options.data, options.init, options.cache, out, config).run()
-    this_process().print(f"the adapter is in {folder}")
+        this_process().print(f"the adapter is in {folder}")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from transformers import BitModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from nested_attention.bases import ASSETS
 from nested_attention.encoder import feature_dim
-from nested_attention.errors import NestedAttentionError, get_back, spoken_at_exit
+from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import replaced
 from train.grids import sample_grid
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective, empty_where, flow_scheduler, weighted_mean
-from train.processes import this_process
+from train.processes import this_process, training_command
 from train.settings import read_section
 from train.start import check_start, noted
 from train.storybook.dataset import Pictures
@@ -249,5 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()

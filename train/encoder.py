@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from transformers import BitConfig, BitModel
 
 from nested_attention.encoder import QFormer, QFormerConfig, image_features
-from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
+from train.processes import training_command
 from train.settings import read_section
 from train.storybook.kinds import KINDS
 from train.storybook.labels import questions
@@ -121,5 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nested_attention.adapters import read_weights
-from nested_attention.errors import NestedAttentionError, get_back, spoken_at_exit
+from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import replaced
 from train.encoder import answer_loss, find_each_other
 from train.loop import Batch, LoopConfig, Task, fit
+from train.processes import training_command
 from train.settings import read_section
 from train.start import noted
 from train.storybook.labels import questions
@@ -155,5 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()

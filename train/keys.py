@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 from nested_attention.adapters import cross_attention_layers, read_weights, save_adapter
 from nested_attention.attention import attention_logits
-from nested_attention.errors import spoken_at_exit
 from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective
 from train.personalizer import Personalizer
+from train.processes import training_command
 from train.reader import asked_for
 from train.settings import read_section
 from train.storybook.personal import PersonalPictures
@@ -110,5 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()

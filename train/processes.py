@@ -4,6 +4,10 @@ Each unit is gathered when it runs and divided again afterwards, so that a GPU h
 accelerate's launcher says whether to; its plugin for FSDP is not used, for it saves what is frozen too, in a form of its own.
 """
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from nested_attention.encoder import QFormer
+from nested_attention.errors import spoken_at_exit
 from nested_attention.loading import best_device
 
 PATIENCE = timedelta(days=1)  # of those that wait for another one, which may read terabytes of shards through
@@ -22,6 +27,28 @@ PATIENCE = timedelta(days=1)  # of those that wait for another one, which may re
 def this_process() -> PartialState:
     """Which of the run's processes this is. Where there is no GPU, accelerate connects them only if told that they are on a CPU."""
     return PartialState(cpu=best_device().type == "cpu", timeout=PATIENCE)
+
+
+@contextmanager
+def training_command() -> Iterator[None]:
+    """For commands that train: errors are said as by `spoken_at_exit`, and at the end the processes of the run part."""
+    with spoken_at_exit():
+        yield
+        part()
+
+
+def part() -> None:
+    """Takes this process out of the run, where there are several; nothing of this process runs after it.
+
+    A thread of gloo may still hold tensors that were sent last, and if it lets go of them while Python is being torn down, the
+    process aborts. What ends these threads, dropping the group, is out of reach: torch's caches for divided tensors hold it for good.
+    """
+    state = this_process()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def asked_to_shard() -> bool:

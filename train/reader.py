@@ -24,10 +24,10 @@ from transformers import BitModel, PreTrainedModel
 
 from nested_attention.bases import ASSETS
 from nested_attention.encoder import QFormer, QFormerConfig, feature_dim, image_features
-from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit, moved
 from train.pixels import to_tensor
+from train.processes import training_command
 from train.settings import read_section
 from train.storybook.dataset import weight_table
 from train.storybook.kinds import KINDS
@@ -154,5 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from nested_attention.errors import spoken_at_exit
 from nested_attention.files import replaced
 from train.loop import Batch, LoopConfig, Task, fit
+from train.processes import training_command
 from train.settings import read_section
 from train.storybook.captions import Caption, caption
 from train.storybook.kinds import KINDS
@@ -150,5 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with spoken_at_exit():
+    with training_command():
         main()
