@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from nested_attention.__main__ import main
 from nested_attention.attention import LayerSubject, plain
 from nested_attention.bases import UNETS
 from nested_attention.bench.layers import layer_table, query_lengths
-from nested_attention.bench.step import COLUMNS, LENGTH, VARIANTS, Bench, step_table
+from nested_attention.bench.step import COLUMNS, LENGTH, Bench, step_table
+from nested_attention.bench.turns import Turns, Work
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.bench.yardsticks import DirectProcessor
 from nested_attention.condition import NestedCondition
@@ -33,7 +35,6 @@ def test_every_form_is_timed_and_leaves_no_trace(architecture: str) -> None:
     assert table["stock"]["ratio"] == 1 and table["stock"]["cache_mb"] == 0
     assert 0 < table["ours, 4 x 16"]["cache_mb"] == pytest.approx(4 * table["ours, 1 x 16"]["cache_mb"])
     assert step_table(bench, 1, ["ours, 1 x 16"]).keys() == {"stock", "ours, 1 x 16"}
-    VARIANTS["stock"](bench, 0)
     assert bench.unet.attn_processors == bench.ours
 
 
@@ -54,12 +55,32 @@ def test_what_subjects_add_to_the_layers_is_timed(architecture: str) -> None:
     assert bench.unet.attn_processors == bench.ours
 
 
+def test_works_take_turns_and_one_that_fails_lets_the_others_end() -> None:
+    """Between two of the modules that all go through, one of them runs, and in its own surroundings."""
+    model, seen, now = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()), [], []
+
+    def run(name: str) -> None:
+        for block in model:
+            seen.append((name, now[-1]))
+            block(torch.zeros(1))
+            if name == "b":
+                raise ValueError(name)
+
+    works = {name: Work(partial(run, name), partial(now.append, name)) for name in "abc"}
+    turns = Turns(works, model)
+    with pytest.raises(ValueError, match="b"):
+        turns.run()
+    assert seen == [("a", "a"), ("b", "b"), ("c", "c"), ("a", "a"), ("c", "c")]
+    assert now == ["a", "b", "c", "a", "b", "c", "a", "c"]
+    assert all(value > 0 for value in turns.seconds.values()) and not any(block._forward_pre_hooks for block in model)
+
+
 @torch.no_grad()
 def test_the_direct_form_is_the_equation() -> None:
     """Else it would be no yardstick. It has the subject in both halves of guidance and leaves lengths as they are."""
     bench = Bench(tiny.pipeline("sd").stock.unet)
     column = COLUMNS[0]
-    bench.install(lambda attention: DirectProcessor(attention, bench.tokens(7), column))
+    bench.install(bench.processors(lambda attention: DirectProcessor(attention, bench.tokens(7), column)))
     seen: list[torch.Tensor] = []
     hook = bench.unet.conv_out.register_forward_hook(lambda _, inputs, out: seen.append(out))
     bench.step()

@@ -1,6 +1,7 @@
 """Real photos made ready for training: what is prepared, what is left out, and why."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -167,8 +168,8 @@ def test_pictures_of_every_suffix_are_used_or_said(tmp_path: Path) -> None:
 
 
 def test_names_without_letters_and_every_form_of_utf_8_are_read(tmp_path: Path) -> None:
-    """Windows begins files with a byte order mark, and JSON allows U+2028 in a string."""
-    for name in ("!.jpg", "a.jpg", "\N{GRINNING FACE}.jpg"):
+    """Windows begins files with a byte order mark, JSON allows U+2028 in a string, and a name on Linux may be any bytes."""
+    for name in ("!.jpg", "a.jpg", "\N{GRINNING FACE}.jpg", os.fsdecode(b"caf\xe9.jpg")):
         shutil.copy(ROCKET, tmp_path / name)
     (tmp_path / "a.txt").write_text("a rocket at night", encoding="utf-8-sig")
     rows = [{"file_name": "!.jpg", "text": "the rocket\u2028on a pad"}, {"file_name": "\N{GRINNING FACE}.jpg", "text": "a rocket"}]
@@ -178,6 +179,7 @@ def test_names_without_letters_and_every_form_of_utf_8_are_read(tmp_path: Path) 
     assert [(photo.file_name, photo.text) for photo in report.used] == [
         ("images/photo.jpg", "<rocket> on a pad"), ("images/a.jpg", "<rocket> at night"), ("images/photo-2.jpg", "<rocket>"),
     ]  # fmt: skip
+    assert report.summary() == "3 used, 1 left out: 1 no caption (caf?.jpg)"
     metadata.write_text('{"file_name": "a.jpg", "text": "la fusée"}', encoding="latin-1")
     with pytest.raises(NestedAttentionError, match=r"metadata\.jsonl is not in UTF-8 \(.*; save it again in this encoding\."):
         prepare(tmp_path, "rocket", tmp_path.with_name("named-ready"))

@@ -1,7 +1,7 @@
 """How fast it is on this machine, and what the nested attention costs: `python -m nested_attention bench --scale sdxl`.
 
 `--scale storybook` times what a visitor waits for, and one U-Net step; `sd15` and `sdxl` one step of the full-size
-U-Net with random weights, stock and in every form, interleaved. Ratios to the stock step are what travels. Last come the
+U-Net with random weights, stock and in every form, in turns of one block. Ratios to the stock step are what travels. Last come the
 cross-attention layers alone: what subjects add to them, and where that goes.
 """
 
@@ -23,7 +23,7 @@ from nested_attention.loading import best_device, best_dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="storybook")
-    parser.add_argument("--repeats", type=number_of("rounds"), default=5, help="counted rounds over all variants, after one that is not")
+    parser.add_argument("--repeats", type=number_of("rounds"), default=5, help="rounds over all variants, after each ran once")
     only = "only these variants of the step (stock always runs)"
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=only)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

@@ -1,10 +1,9 @@
-"""One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, interleaved."""
+"""One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, in turns of one block."""
 
 import ctypes
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +11,16 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from nested_attention.adapters import cross_attention_layers
 from nested_attention.attention import LayerSubject, NestedAttnProcessor
 from nested_attention.bases import UNETS, unet_settings
 from nested_attention.bench.timing import wait_for_device
+from nested_attention.bench.turns import Turns, Work
 from nested_attention.bench.yardsticks import DecoupledProcessor, DirectProcessor, randomize
 from nested_attention.condition import NestedCondition
 from nested_attention.loading import best_device, best_dtype
@@ -27,6 +29,7 @@ from nested_attention.tracing import Recorder
 SCALES = "storybook", *UNETS
 LENGTH, COLUMNS = 77, (5, 9, 13, 17)  # text tokens, and where the subjects' words stand
 COUNTS, SIZES = (1, 2, 4), (16, 256, 1024)
+TOGETHER = 4  # steps beside a stock one at a time; more caches may not fit
 
 
 def build_unet(scale: str) -> UNet2DConditionModel:
@@ -58,6 +61,7 @@ class Bench:
             self.added = {"text_embeds": torch.randn(2, pooled, **self.like), "time_ids": torch.full((2, 6), 1024.0, **self.like)}
         self.layers = cross_attention_layers(self.unet)
         self.ours = dict(self.unet.attn_processors)
+        self.blocks = [block for block in self.unet.modules() if isinstance(block, BasicTransformerBlock | ResnetBlock2D)]
 
     @torch.no_grad()
     def step(self, condition: NestedCondition | None = None) -> None:
@@ -78,10 +82,13 @@ class Bench:
         side = self.unet.config.sample_size
         return NestedCondition(1, layers, Recorder((side, side), len(self.layers)) if traced else None)
 
-    def install(self, make: Callable[[Attention], object] | None = None) -> None:
-        """Another processor into every cross-attention layer; without `make` ours."""
-        others = {} if make is None else {name: make(attention) for name, attention in self.layers.items()}
-        self.unet.set_attn_processor(self.ours | others)
+    def processors(self, make: Callable[[Attention], object] | None = None) -> dict[str, object]:
+        """Another processor for every cross-attention layer; without `make` ours."""
+        return self.ours | ({} if make is None else {name: make(attention) for name, attention in self.layers.items()})
+
+    def install(self, processors: dict[str, object] | None = None) -> None:
+        """`processors` into all layers; without them ours."""
+        self.unet.set_attn_processor(dict(processors or self.ours))
 
     def tokens(self, count: int) -> Tensor:
         return torch.randn(1, count, self.unet.config.cross_attention_dim, **self.like)
@@ -91,30 +98,32 @@ def cache_megabytes(condition: NestedCondition) -> float:
     return sum(x.numel() * x.element_size() for layer in condition.layers.values() for s in layer for x in (s.key, s.value)) / 1e6
 
 
-Step = tuple[Callable[[], None], float]  # what is timed, and the megabytes of its key/value cache
+@dataclass(frozen=True)
+class Step:
+    """What is timed, the processors that it needs, and the megabytes of its key/value cache."""
+
+    run: Callable[[], None]
+    processors: dict[str, object]
+    cache: float = 0.0
 
 
 def ours(count: int, tokens: int, traced: bool, bench: Bench, number: int) -> Step:
-    bench.install()
     condition = bench.condition(count, tokens, traced)
     if condition.recorder is not None:
         condition.recorder.step = number  # which layers are recorded depends on it
-    return lambda: bench.step(condition), cache_megabytes(condition)
+    return Step(lambda: bench.step(condition), bench.ours, cache_megabytes(condition))
 
 
 def stock(bench: Bench, number: int) -> Step:
-    bench.install()
-    return bench.step, 0.0
+    return Step(bench.step, bench.ours)
 
 
 def direct(bench: Bench, number: int) -> Step:
-    bench.install(lambda attention: DirectProcessor(attention, bench.tokens(1024), COLUMNS[0]))
-    return bench.step, 0.0
+    return Step(bench.step, bench.processors(lambda attention: DirectProcessor(attention, bench.tokens(1024), COLUMNS[0])))
 
 
 def decoupled(bench: Bench, number: int) -> Step:
-    bench.install(lambda attention: DecoupledProcessor(attention, bench.tokens(16)))
-    return bench.step, 0.0
+    return Step(bench.step, bench.processors(lambda attention: DecoupledProcessor(attention, bench.tokens(16))))
 
 
 VARIANTS: dict[str, Callable[[Bench, int], Step]] = {  # name -> what prepares it for a round of the given number
@@ -127,40 +136,53 @@ VARIANTS: dict[str, Callable[[Bench, int], Step]] = {  # name -> what prepares i
 
 
 def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, its ratio to stock round by round, peak memory and what it is above stock's, and the cache."""
-    chosen = {name: make for name, make in VARIANTS.items() if name == "stock" or not only or name in only}
-    taken: dict[str, list[float]] = {name: [] for name in chosen}
-    peaks: dict[str, float] = {}
-    caches: dict[str, float] = {}
-    for number in range(repeats + 1):
-        for name, make in random.Random(number).sample(list(chosen.items()), len(chosen)):  # no one always comes last
-            step, caches[name] = make(bench, number)  # made and dropped for every round: caches of all variants do not fit at once
-            step_seconds, peak = timed(step)
-            if number:
-                taken[name].append(step_seconds)
-                peaks[name] = max(peaks.get(name, 0.0), peak + caches[name])
-            del step
-        print(f"  round {number} of {repeats}{'' if number else ', a warm-up'}", file=sys.stderr, flush=True)
+    """Median seconds of a step, the median of its ratios to a stock step in the same turns, peak memory and what it is above stock's,
+    and the cache."""
+    chosen = [name for name in VARIANTS if name != "stock" and (not only or name in only)]
+    seconds: dict[str, list[float]] = {name: [] for name in ("stock", *chosen)}
+    ratios: dict[str, list[float]] = {name: [] for name in seconds}
+    peaks, caches = {}, {}
+    for name in seconds:  # alone, for its memory; made and dropped one after the other, since not all caches fit at once
+        step = VARIANTS[name](bench, 0)
+        bench.install(step.processors)
+        peaks[name], caches[name] = peak_of(step.run) + step.cache, step.cache
+        del step
+    print("  each once, a warm-up", file=sys.stderr, flush=True)
+    for number in range(1, repeats + 1):
+        shuffled = random.Random(number).sample(chosen, len(chosen))
+        for start in range(0, max(1, len(shuffled)), TOGETHER):
+            taken = in_turns(bench, ["stock", *shuffled[start : start + TOGETHER]], number)
+            for name, value in taken.items():
+                seconds[name].append(value)
+                ratios[name].append(value / taken["stock"])
+        print(f"  round {number} of {repeats}", file=sys.stderr, flush=True)
+    bench.install()
     return {
         name: {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(a / b for a, b in zip(times, taken["stock"], strict=True)),
+            "seconds": statistics.median(values),
+            "ratio": statistics.median(ratios[name]),
             "peak_mb": peaks[name],
             "extra_mb": peaks[name] - peaks["stock"],
             "cache_mb": caches[name],
         }
-        for name, times in taken.items()
+        for name, values in seconds.items()
     }
 
 
-def timed(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one step, and its peak memory in MB above what was held before: weights and the key/value cache."""
+def in_turns(bench: Bench, names: list[str], number: int) -> dict[str, float]:
+    """The seconds of one step of each, all of them block by block."""
+    steps = {name: VARIANTS[name](bench, number) for name in random.Random(number).sample(names, len(names))}  # no one always comes last
+    works = {name: Work(step.run, partial(bench.install, step.processors)) for name, step in steps.items()}
+    return Turns(works, bench.blocks).run()
+
+
+def peak_of(step: Callable[[], None]) -> float:
+    """Its peak memory in MB above what was held before: weights and the key/value cache."""
     cuda = torch.cuda.is_available()
     before = reset_peak(cuda)
-    start = time.perf_counter()
     step()
     wait_for_device()
-    return time.perf_counter() - start, peak_megabytes(cuda) - before
+    return peak_megabytes(cuda) - before
 
 
 def reset_peak(cuda: bool) -> float:

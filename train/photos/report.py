@@ -56,7 +56,8 @@ class Report:
     left_out: dict[Reason, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def leave_out(self, file: str, error: LeftOutError) -> None:
-        self.left_out[error.reason].append((file, error.detail))
+        file, detail = (text.encode(errors="replace").decode() for text in (file, error.detail))  # names on a disk may be no text
+        self.left_out[error.reason].append((file, detail))
 
     def reasons(self) -> list[Reason]:
         """The most frequent one first."""
