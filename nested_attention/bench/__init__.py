@@ -61,10 +61,14 @@ def run(options: argparse.Namespace) -> None:
             print(f"  {name:36s} {value:8.3f} s")
     bench = Bench(build_unet(options.scale))
     report["step"] = step_table(bench, options.repeats, options.only)
-    print(f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'peak':>9s} {'over stock':>11s} {'K/V cache':>10s}")
+    print(
+        f"  {'one U-Net step':36s} {'median':>9s} {'to stock':>9s} {'from':>7s} {'to':>7s} {'peak':>9s} {'over stock':>11s} {'K/V cache':>10s}"
+    )
     for name, row in report["step"].items():
         megabytes = f"{row['peak_mb']:6.0f} MB {row['extra_mb']:8.0f} MB {row['cache_mb']:7.0f} MB"
-        print(f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {megabytes}")
+        print(
+            f"  {name:36s} {row['seconds']:7.3f} s {row['ratio'] - 1:+8.1%} {row['least'] - 1:+7.1%} {row['largest'] - 1:+7.1%} {megabytes}"
+        )
     report["layers"] = layer_table(bench)
     stock = report["step"]["stock"]["seconds"]
     print(f"  {'all cross-attention layers, alone':36s} {'added':>9s} {'to stock':>9s} {'nested attention':>17s} {'all else':>9s}")

@@ -136,8 +136,8 @@ VARIANTS: dict[str, Callable[[Bench, int], Step]] = {  # name -> what prepares i
 
 
 def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, the median of its ratios to a stock step in the same turns, peak memory and what it is above stock's,
-    and the cache."""
+    """Median seconds of a step, its ratios to a stock step in the same turns, median, least and largest, peak memory and what it is
+    above stock's, and the cache."""
     chosen = [name for name in VARIANTS if name != "stock" and (not only or name in only)]
     seconds: dict[str, list[float]] = {name: [] for name in ("stock", *chosen)}
     ratios: dict[str, list[float]] = {name: [] for name in seconds}
@@ -161,6 +161,8 @@ def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, 
         name: {
             "seconds": statistics.median(values),
             "ratio": statistics.median(ratios[name]),
+            "least": min(ratios[name]),
+            "largest": max(ratios[name]),
             "peak_mb": peaks[name],
             "extra_mb": peaks[name] - peaks["stock"],
             "cache_mb": caches[name],
