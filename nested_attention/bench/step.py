@@ -82,9 +82,9 @@ class Bench:
         side = self.unet.config.sample_size
         return NestedCondition(1, layers, Recorder((side, side), len(self.layers)) if traced else None)
 
-    def processors(self, make: Callable[[Attention], object] | None = None) -> dict[str, object]:
-        """Another processor for every cross-attention layer; without `make` ours."""
-        return self.ours | ({} if make is None else {name: make(attention) for name, attention in self.layers.items()})
+    def processors(self, make: Callable[[Attention], object]) -> dict[str, object]:
+        """Another processor for every cross-attention layer, ours for the rest."""
+        return self.ours | {name: make(attention) for name, attention in self.layers.items()}
 
     def install(self, processors: dict[str, object] | None = None) -> None:
         """`processors` into all layers; without them ours."""
