@@ -23,6 +23,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
+from nested_attention.products import attended
+
 if TYPE_CHECKING:
     from nested_attention.condition import NestedCondition
 
@@ -63,7 +65,7 @@ class LayerSubject:
         if self.value_norm == "none":
             return self.lam.to(nested.dtype)
         over = (1, 3) if self.value_norm == "full" else (3,)
-        norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32) for x in (self.word_value(value), nested)]
+        norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True).float() for x in (self.word_value(value), nested)]
         return (self.lam * norms[0] / norms[1].clamp(min=1e-6)).to(nested.dtype)
 
     def scaled(self, nested: Tensor, value: Tensor) -> Tensor:
@@ -90,9 +92,7 @@ def nested_probabilities(query: Tensor, subject: LayerSubject) -> Tensor:
 
 def nested_values(query: Tensor, subject: LayerSubject) -> Tensor:
     """v*, what these tokens answer, without their probabilities in memory: `(B, heads, HW, d)`."""
-    key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (subject.key, subject.value))
-    mask = None if subject.answering is None else subject.answering[None, None, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended(query, subject.key, subject.value, subject.answering)
 
 
 def outer_probabilities(query: Tensor, key: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
