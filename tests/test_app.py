@@ -14,6 +14,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Page
+from playwright.sync_api import TimeoutError as TookTooLong
 
 from nested_attention.faces import frame
 from nested_attention.provenance import read_provenance
@@ -22,6 +23,8 @@ from nested_attention.ui.app import build_app
 from nested_attention.ui.studio import Studio
 from tests import tiny
 from tests.browser import open_browser
+
+STEPS = "document.querySelector('#steps input[type=range]')?.value"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,18 @@ def pictures(page: Page) -> list[str | None]:
 
 
 def status_becomes(page: Page, words: str) -> None:
-    page.wait_for_function(f"document.querySelector('#status').innerText.includes({words!r})", timeout=60_000)
+    try:
+        page.wait_for_function(f"document.querySelector('#status').innerText.includes({words!r})", timeout=60_000)
+    except TookTooLong as error:
+        shown, notice, steps = page.inner_text("#status"), page.inner_text("#notice"), page.evaluate(STEPS)
+        raise AssertionError(f"the status stays {shown!r}, never {words!r}; notice {notice!r}, steps {steps}") from error
+
+
+def set_steps(page: Page, steps: int) -> None:
+    """As somebody does who sees that the slider follows."""
+    page.fill("#steps input[type=number]", str(steps))
+    page.keyboard.press("Tab")
+    page.wait_for_function(f"{STEPS} == {steps}")
 
 
 def carried(page: Page, folder: Path) -> Settings:
@@ -225,7 +239,7 @@ def test_a_visit_with_a_browser(url: str, photo: str, tmp_path: Path) -> None:
         status_becomes(page, "Done")
         drawn, seed = pictures(page), carried(page, tmp_path).seed
         assert page.input_value("#seed input") == str(seed) != before and f"Seed {seed}–{seed + 3}" in page.inner_text("#status")
-        page.fill("#steps input[type=number]", "150")
+        set_steps(page, 150)
         page.click("#generate")
         status_becomes(page, "Step 5")
         page.click("#cancel")
@@ -246,8 +260,7 @@ def test_who_waits_can_cancel_and_an_example_ends_a_run(url: str) -> None:
             page.goto(url)
             page.wait_for_selector("#generate", timeout=60_000)
         one.click("text=Advanced")
-        one.fill("#steps input[type=number]", "150")
-        one.keyboard.press("Tab")
+        set_steps(one, 150)
         one.click("#generate")
         status_becomes(one, "of 150")
         other = Client(url, verbose=False)  # two draw at a time
