@@ -128,7 +128,7 @@ def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubj
     columns = [subject.columns.expand(batch, -1) for subject in subjects]  # (B, L) each
     log_weight = torch.stack([subject.log_weight().expand(batch, -1) for subject in subjects]).sum(0)
     kept = 1 - torch.stack([c * s.strength for c, s in zip(columns, subjects, strict=True)]).sum(0)
-    out = F.scaled_dot_product_attention(
+    out = attended(
         widened(query, torch.ones_like(query[:, 0, :, 0])),
         widened(key, log_weight * d**0.5),
         widened(value * kept.to(value.dtype)[:, None, :, None], *(c * s.strength for c, s in zip(columns, subjects, strict=True))),

@@ -36,6 +36,13 @@ def test_by_heads_is_the_fused_kernel(
             torch.testing.assert_close(answer, expected, atol=tolerance, rtol=0)
 
 
+def test_logits_can_have_another_scale() -> None:
+    query, key, value = inputs(torch.float32, 1)
+    with torch.no_grad():
+        for answer in (by_heads(query, key, value, scale=0.7), attended(query, key, value, scale=0.7)):
+            torch.testing.assert_close(answer, F.scaled_dot_product_attention(query, key, value, scale=0.7), atol=1e-6, rtol=0)
+
+
 def test_what_stood_in_memory_before_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map is written into memory as it is found, and that may hold no numbers."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
