@@ -12,6 +12,7 @@ import gradio as gr
 
 from nested_attention import NestedAttentionError, NestedAttentionPipeline
 from nested_attention.errors import spoken_at_exit
+from nested_attention.heap import keep_freed
 from nested_attention.ui.app import CSS, build_app
 from nested_attention.ui.examples import FOLDER
 from nested_attention.ui.studio import Studio
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--port", type=port_number, help="7860 or the next free one if not given")
     parser.add_argument("--share", action="store_true", help="also make a public link")
     options = parser.parse_args()
+    keep_freed()
     gc.freeze()  # what was imported stays: to look through it costs 0.3 s a full collection
     with spoken_at_exit():
         pipe = NestedAttentionPipeline.from_pretrained(options.base, options.adapter, options.device)

@@ -4,6 +4,7 @@ import argparse
 
 from nested_attention import bench, released
 from nested_attention.errors import spoken_at_exit
+from nested_attention.heap import keep_freed
 
 COMMANDS = {"bench": bench, "import-released": released}
 
@@ -14,6 +15,7 @@ def main() -> None:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__, help=(module.__doc__ or "").splitlines()[0]))
     options = parser.parse_args()
+    keep_freed()
     with spoken_at_exit():
         COMMANDS[options.command].run(options)
 

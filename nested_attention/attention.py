@@ -9,13 +9,13 @@ The key of s stays the text key: the subject competes for attention exactly as i
 
 `plain` is this, letter by letter: it builds V_q, a value for every query and word. `fast` never does. With A the outer
 softmax and a_s its column, out = A V' + sum_s strength * a_s * v~, where V' is V with the rows of s scaled by
-1 - strength. One fused attention yields both A V' and the strength * a_s: a value channel per subject is its strength at
-its word and 0 elsewhere, and one more query/key channel carries log w. A test holds the two forms to each other.
+1 - strength. One fused attention yields both A V' and the strength * a_s: a value channel per subject is its strength, times lam
+|V[s]|, at its word and 0 elsewhere, and one more query/key channel carries log w. `widened` puts them there, once a
+picture, since none of it depends on the step. A test holds the two forms to each other.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -60,17 +60,21 @@ class LayerSubject:
         share = self.columns / self.columns.sum(1, keepdim=True).clamp(min=1)
         return share.to(value.dtype)[:, None, None] @ value
 
-    def factor(self, nested: Tensor, value: Tensor) -> Tensor:
-        """v~ / v*, of a shape that broadcasts to `nested (B, heads, HW, d)`, which is v*; `value (B, heads, L, d)` is the text's."""
-        if self.value_norm == "none":
-            return self.lam.to(nested.dtype)
-        over = (1, 3) if self.value_norm == "full" else (3,)
-        norms = [torch.linalg.vector_norm(x, dim=over, keepdim=True).float() for x in (self.word_value(value), nested)]
-        return (self.lam * norms[0] / norms[1].clamp(min=1e-6)).to(nested.dtype)
+    def norm(self, values: Tensor) -> Tensor:
+        """|v| of values `(B, heads, n, d)`, as they are compared: `(B, 1 or heads, n, 1)`."""
+        return torch.linalg.vector_norm(values, dim=(1, 3) if self.value_norm == "full" else 3, keepdim=True)
+
+    def reach(self, value: Tensor) -> Tensor:
+        """lam, or lam * |V[s]|, of the text's values `(B, heads, L, d)`: a shape that broadcasts to them."""
+        return self.lam if self.value_norm == "none" else self.lam * self.norm(self.word_value(value)).float()
+
+    def over_norm(self, factor: Tensor, nested: Tensor) -> Tensor:
+        """`factor`, or `factor` / |v*|, for v* `(B, heads, HW, d)`."""
+        return factor if self.value_norm == "none" else factor / self.norm(nested).clamp(min=1e-6)
 
     def scaled(self, nested: Tensor, value: Tensor) -> Tensor:
         """v~ from v*."""
-        return self.factor(nested, value) * nested
+        return self.over_norm(self.reach(value), nested).to(nested.dtype) * nested
 
     def log_weight(self) -> Tensor:
         """log w in the subject's columns, 0 elsewhere: `(B, L)`."""
@@ -113,31 +117,43 @@ def plain(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSub
     return torch.einsum("bhql,bhqld->bhqd", outer_probabilities(query, key, subjects), values)
 
 
-def fast(query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
-    """The same as `plain` by fused attention; nothing of size HW x L x d exists."""
+@dataclass(frozen=True)
+class Text:
+    """The text's keys and values as `fast` reads them, `(B, heads, L, d or more)`; the last `rows` of the batch know the subjects."""
+
+    key: Tensor
+    value: Tensor
+    rows: int
+
+
+def widened(key: Tensor, value: Tensor, subjects: Sequence[LayerSubject], rows: int | None = None) -> Text:
+    """`key`, `value (B, heads, L, d)` with what `subjects` ask of the last `rows` of the batch, all if not given."""
     if not subjects:
-        return F.scaled_dot_product_attention(query, key, value)
-    batch, heads, _, d = query.shape
+        return Text(key, value, 0)
+    batch, heads, length, d = key.shape
+    rows = batch if rows is None else rows
     width = -(-(d + len(subjects)) // 8) * 8  # fused kernels like widths that 8 divides
+    channels = key.new_zeros(2, batch, heads, length, width - d)
+    kept = value.new_ones(batch, length)
+    for number, subject in enumerate(subjects):
+        mine = subject.columns * subject.strength  # (rows or 1, L)
+        channels[0, -rows:, :, :, 0] += subject.log_weight()[:, None] * d**0.5
+        channels[1, -rows:, :, :, number, None] = mine[:, None, :, None] * subject.reach(value[-rows:])
+        kept[-rows:] -= mine
+    return Text(torch.cat([key, channels[0]], -1), torch.cat([value * kept[:, None, :, None], channels[1]], -1), rows)
 
-    def widened(tensor: Tensor, *channels: Tensor) -> Tensor:
-        """`tensor (B, heads, n, d)` with `channels`, each `(B, n)`, and zeros behind: `(B, heads, n, width)`."""
-        extra = F.pad(torch.stack(channels, -1), (0, width - d - len(channels))).to(tensor.dtype)
-        return torch.cat([tensor, extra[:, None].expand(tensor.shape[0], heads, -1, -1)], -1)
 
-    columns = [subject.columns.expand(batch, -1) for subject in subjects]  # (B, L) each
-    log_weight = torch.stack([subject.log_weight().expand(batch, -1) for subject in subjects]).sum(0)
-    kept = 1 - torch.stack([c * s.strength for c, s in zip(columns, subjects, strict=True)]).sum(0)
-    out = attended(
-        widened(query, torch.ones_like(query[:, 0, :, 0])),
-        widened(key, log_weight * d**0.5),
-        widened(value * kept.to(value.dtype)[:, None, :, None], *(c * s.strength for c, s in zip(columns, subjects, strict=True))),
-        scale=d**-0.5,
-    )
-    out, shares = out[..., :d], out[..., d : d + len(subjects)].split(1, -1)
-    for subject, share in zip(subjects, shares, strict=True):
+def fast(query: Tensor, text: Text, subjects: Sequence[LayerSubject]) -> Tensor:
+    """The same as `plain` by fused attention, given the `text` that is `widened` for these subjects; nothing of size HW x L x d exists."""
+    d = query.shape[-1]
+    out = attended(F.pad(query, (0, text.key.shape[-1] - d), value=1.0), text.key, text.value, scale=d**-0.5)
+    if not subjects:
+        return out
+    out, shares = out[..., :d].transpose(1, 2).contiguous().transpose(1, 2), out[-text.rows :, ..., d:]
+    personal, query = out[-text.rows :], query[-text.rows :]
+    for subject, share in zip(subjects, shares.split(1, -1), strict=False):  # zeros are behind the last one
         nested = nested_values(query, subject)
-        out = torch.addcmul(out, share * subject.factor(nested, value), nested)
+        personal.addcmul_(subject.over_norm(share, nested), nested)
     return out
 
 
@@ -145,6 +161,16 @@ def in_slices(attend: Callable[[Tensor], Tensor], query: Tensor, size: int | Non
     """`attend(query)` for `size` of the queries `(B, heads, HW, d)` at a time: the same result in less memory."""
     parts = [attend(part) for part in query.split(size or query.shape[2], 2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def split_heads(attention: Attention, states: Tensor) -> Tensor:
+    """`(B, n, heads * d)` -> `(B, heads, n, d)`."""
+    return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def keys_and_values(attention: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's own, of `states (B, n, C)`: each `(B, heads, n, d)`."""
+    return split_heads(attention, attention.to_k(states)), split_heads(attention, attention.to_v(states))
 
 
 class NestedAttnProcessor(AttnProcessor2_0):
@@ -171,17 +197,11 @@ class NestedAttnProcessor(AttnProcessor2_0):
         if not subjects and size is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projection(read).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
-            for projection, read in ((attn.to_q, hidden_states), (attn.to_k, states), (attn.to_v, states))
-        )
-        rows = nested.rows if nested is not None and subjects else 0
-        stock = query.shape[0] - rows  # rows without a subject come first: the unconditional half of guidance
-        parts = []
-        if stock:
-            attend = partial(F.scaled_dot_product_attention, key=key[:stock], value=value[:stock])
-            parts.append(in_slices(attend, query[:stock], size))
-        if nested is not None and rows:
-            parts.append(nested.attend(self.name, query[stock:], key[stock:], value[stock:], subjects))
-        out = torch.cat([part.transpose(1, 2).flatten(2) for part in parts]).to(query.dtype)  # (B, HW, heads * d)
-        return attn.to_out[1](attn.to_out[0](out))
+        query = split_heads(attn, attn.to_q(hidden_states))
+        if nested is not None and subjects:
+            text = nested.text(self.name, attn, states)
+            nested.record(self.name, attn, query, states)
+        else:
+            text = widened(*keys_and_values(attn, states), subjects)
+        out = in_slices(lambda part: fast(part, text, subjects), query, size)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype)))

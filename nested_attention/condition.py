@@ -1,14 +1,14 @@
 """What a request carries through the U-Net, in `cross_attention_kwargs={"nested": ...}`. Nothing of it is shared."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from nested_attention.attention import LayerSubject, fast, in_slices
+from nested_attention.attention import LayerSubject, Text, keys_and_values, widened
 from nested_attention.tracing import Recorder
-
-Attend = Callable[[Tensor, Tensor, Tensor, Sequence[LayerSubject]], Tensor]
 
 
 @dataclass
@@ -20,20 +20,31 @@ class NestedCondition:
         layers: layer name -> the subjects as that layer sees them.
         recorder: collects attention maps, if the request is traced.
         slice: so many queries attend at a time, to save memory; None for all.
-        form: `attention.fast`, or `attention.plain` to compare with.
+        texts: layer name -> text states, and what the layer made of them at the first step.
     """
 
     rows: int
     layers: Mapping[str, Sequence[LayerSubject]]
     recorder: Recorder | None = None
     slice: int | None = None
-    form: Attend = fast
+    texts: dict[str, tuple[Tensor, Text]] = field(default_factory=dict)
 
     def subjects(self, layer: str) -> Sequence[LayerSubject]:
         return self.layers.get(layer, ())
 
-    def attend(self, layer: str, query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> Tensor:
-        """`(rows, heads, HW, d)` queries with text keys and values -> the layer's output before its projection."""
+    def text(self, layer: str, attention: Attention, states: Tensor) -> Text:
+        """Keys and values of the text `states (B, L, C)` for `attention.fast`. They are made once and kept, since states do not change from
+        step to step; not where gradients flow, which would flow once, nor in a compiled graph, which would be another one at the first step.
+        """
+        known, text = self.texts.get(layer, (None, None))
+        if text is None or known is not states:
+            text = widened(*keys_and_values(attention, states), self.subjects(layer), self.rows)
+            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.texts[layer] = states, text
+        return text
+
+    def record(self, layer: str, attention: Attention, query: Tensor, states: Tensor) -> None:
+        """Shows the conditional rows of a layer to the recorder, if there is one: `query (B, heads, HW, d)`, text `states (B, L, C)`."""
         if self.recorder is not None:
-            self.recorder.record(layer, query, key, value, subjects)
-        return in_slices(lambda part: self.form(part, key, value, subjects), query, self.slice)
+            rows = states[-self.rows :]
+            self.recorder.record(layer, query[-self.rows :], lambda: keys_and_values(attention, rows), self.subjects(layer))

@@ -11,7 +11,7 @@ with many layers every step looks into some of them, the next step into the next
 a claim about routing, not about cause: to check it, mute the tokens (`Subject.muted`) and generate again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -83,13 +83,15 @@ class Recorder:
         return height, width
 
     @torch.no_grad()
-    def record(self, layer: str, query: Tensor, key: Tensor, value: Tensor, subjects: Sequence[LayerSubject]) -> None:
+    def record(self, layer: str, query: Tensor, text: Callable[[], tuple[Tensor, Tensor]], subjects: Sequence[LayerSubject]) -> None:
+        """`query (B, heads, HW, d)`; `text()`: keys and values `(B, heads, L, d)`, which are asked for if the layer is looked into."""
         number = self.names.setdefault(layer, len(self.names))
         watched = (number + self.step) % -(-self.layers // WATCHED) == 0
         grid = self.resolution(query.shape[2])
         valued = self.valued.setdefault(grid, layer) == layer  # values of different layers live in different spaces
         if not watched and not valued:
             return
+        key, value = text()
         where = grid, min(2, 3 * self.step // self.steps)
         if watched:
             self.outer.setdefault(where, Mean()).add(outer_probabilities(query, key, subjects).mean(1))

@@ -5,10 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nested_attention.attention import LayerSubject, fast, nested_probabilities, outer_probabilities, plain
+from nested_attention import attention
+from nested_attention.attention import LayerSubject, nested_probabilities, outer_probabilities, plain, widened
 from nested_attention.tracing import nested_mean
 
 HEADS, LENGTH, D = 3, 11, 16
+
+
+def fast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, subjects: list[LayerSubject]) -> torch.Tensor:
+    return attention.fast(query, widened(key, value, subjects), subjects)
 
 
 def subject(batch: int, columns: tuple[int, ...], tokens: int = 5, norm: str = "none", **knobs: float) -> LayerSubject:
@@ -36,6 +41,15 @@ def test_plain_equals_fast_for_a_word_said_twice_and_shared_subject_rows() -> No
     query, key, value = inputs(batch=3)
     subjects = [subject(1, (2, 7), norm="full", strength=0.7), subject(1, (4,))]
     torch.testing.assert_close(fast(query, key, value, subjects), plain(query, key, value, subjects), atol=1e-5, rtol=0)
+
+
+def test_the_last_rows_have_the_subjects_and_the_others_none() -> None:
+    query, key, value = inputs(batch=5)
+    subjects = [subject(2, (2,), norm="full"), subject(1, (4, 5), 7, "head", token_weight=2.0)]
+    out = attention.fast(query, widened(key, value, subjects, 2), subjects)
+    stock = torch.nn.functional.scaled_dot_product_attention(query[:3], key[:3], value[:3])
+    torch.testing.assert_close(out[:3], stock, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out[3:], plain(query[3:], key[3:], value[3:], subjects), atol=1e-5, rtol=0)
 
 
 def test_without_strength_it_is_the_layer_itself() -> None:

@@ -2,18 +2,16 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from nested_attention.__main__ import main
-from nested_attention.attention import LayerSubject, plain
+from nested_attention.attention import LayerSubject
 from nested_attention.bases import UNETS
 from nested_attention.bench.layers import layer_table, query_lengths
 from nested_attention.bench.step import COLUMNS, LENGTH, Bench, step_table
-from nested_attention.bench.turns import Turns, Work
 from nested_attention.bench.visitor import visitor_table
 from nested_attention.bench.yardsticks import DirectProcessor
 from nested_attention.condition import NestedCondition
@@ -55,26 +53,6 @@ def test_what_subjects_add_to_the_layers_is_timed(architecture: str) -> None:
     assert bench.unet.attn_processors == bench.ours
 
 
-def test_works_take_turns_and_one_that_fails_lets_the_others_end() -> None:
-    """Between two of the modules that all go through, one of them runs, and in its own surroundings."""
-    model, seen, now = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()), [], []
-
-    def run(name: str) -> None:
-        for block in model:
-            seen.append((name, now[-1]))
-            block(torch.zeros(1))
-            if name == "b":
-                raise ValueError(name)
-
-    works = {name: Work(partial(run, name), partial(now.append, name)) for name in "abc"}
-    turns = Turns(works, model)
-    with pytest.raises(ValueError, match="b"):
-        turns.run()
-    assert seen == [("a", "a"), ("b", "b"), ("c", "c"), ("a", "a"), ("c", "c")]
-    assert now == ["a", "b", "c", "a", "b", "c", "a", "c"]
-    assert all(value > 0 for value in turns.seconds.values()) and not any(block._forward_pre_hooks for block in model)
-
-
 @torch.no_grad()
 def test_the_direct_form_is_the_equation() -> None:
     """Else it would be no yardstick. It has the subject in both halves of guidance and leaves lengths as they are."""
@@ -92,7 +70,8 @@ def test_the_direct_form_is_the_equation() -> None:
         key, value = (to(of_layer.tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for to in (of_layer.to_k, of_layer.to_v))
         layers[name] = [LayerSubject(columns, key, value, one, one, one)]
     bench.install()
-    bench.step(NestedCondition(2, layers, form=plain))
+    with tiny.plain_form():
+        bench.step(NestedCondition(2, layers))
     hook.remove()
     torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-5)
 

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
-from nested_attention.attention import fast, plain
+from nested_attention.adapters import cross_attention_layers
 from nested_attention.condition import NestedCondition
 from nested_attention.pipeline import Generation, own_copy
 from nested_attention.prompts import Prompt, fill
@@ -59,20 +58,12 @@ def test_strength_zero_is_the_ordinary_word(pipe: NestedAttentionPipeline) -> No
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32)])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_plain_form_gives_the_same_picture(
-    pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch, guidance_scale: float, height: int, width: int
-) -> None:
+def test_plain_form_gives_the_same_picture(pipe: NestedAttentionPipeline, guidance_scale: float, height: int, width: int) -> None:
     settings = {"seed": 1, "num_images": 2, "guidance_scale": guidance_scale, "height": height, "width": width}
     expected = pixels(pipe(PROMPT, both(pipe), **settings))
-    called: list[int] = []
-
-    def counted(query: torch.Tensor, *rest: Any) -> torch.Tensor:
-        called.append(len(query))
-        return plain(query, *rest)
-
-    monkeypatch.setattr("nested_attention.pipeline.NestedCondition", partial(NestedCondition, form=counted))
-    assert abs(expected - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
-    assert set(called) == {2}
+    with tiny.plain_form() as seen:
+        assert abs(expected - pixels(pipe(PROMPT, both(pipe), **settings))).max() <= 1
+    assert set(seen) == {2}
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (4, 2), (3, 3)])
@@ -82,23 +73,35 @@ def test_a_step_is_the_same_in_both_forms(pipe: NestedAttentionPipeline, count: 
     """0 to 4 subjects, square or not, with guidance (the first half of four rows is unconditional) and without."""
     kinds = ("person", "cat", "cat", "person")[:count]
     layers = tiny.layers([pipe.encode(kind, photo(k), f"<{kind}{k}>", strength=0.5 + 0.3 * k) for k, kind in enumerate(kinds)])
-    steps = [tiny.step(pipe, NestedCondition(rows, layers, form=form), batch, grid) for form in (plain, fast)]
-    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+    fast = tiny.step(pipe, NestedCondition(rows, layers), batch, grid)
+    with tiny.plain_form():
+        torch.testing.assert_close(tiny.step(pipe, NestedCondition(rows, layers), batch, grid), fast, atol=1e-5, rtol=1e-5)
 
 
 def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:
-    """With guidance below 1 only the conditional half runs; with guidance the other half sees no subject at all."""
-    seen: list[int] = []
-    original = NestedCondition.attend
+    stock, ours = (tiny.step(pipe, made, 4) for made in (None, NestedCondition(2, tiny.layers(both(pipe)))))
+    torch.testing.assert_close(stock[:2], ours[:2], atol=1e-5, rtol=1e-5)
+    assert (stock[2:] - ours[2:]).abs().max() > 1e-3
 
-    def attend(self, layer, query, *rest):
-        seen.append(query.shape[0])
-        return original(self, layer, query, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NestedCondition, "attend", attend)
-        pipe(PROMPT, both(pipe), steps=1, num_images=3, guidance_scale=5.0)
-    assert set(seen) == {3}
+def test_what_a_layer_makes_of_the_text_is_made_once(pipe: NestedAttentionPipeline) -> None:
+    """And anew for another text, and wherever gradients flow."""
+    condition, layers = NestedCondition(1, tiny.layers(both(pipe))), cross_attention_layers(pipe.stock.unet)
+    seen: list[str] = []
+    hooks = [layer.to_k.register_forward_hook(lambda *_, name=name: seen.append(name)) for name, layer in layers.items()]
+    one, other = torch.randn(2, 2, 24, pipe.stock.unet.config.cross_attention_dim)
+    made = [tiny.step(pipe, condition, states=one) for _ in range(3)]
+    assert seen == list(condition.texts) and sorted(seen) == sorted(layers) and torch.equal(made[0], made[2])
+    anew = tiny.step(pipe, condition, states=other)
+    assert len(seen) == 2 * len(layers)
+    torch.testing.assert_close(anew, tiny.step(pipe, NestedCondition(1, condition.layers), states=other))
+    with torch.enable_grad():
+        name, layer = next(iter(layers.items()))
+        fresh = NestedCondition(1, condition.layers)
+        fresh.text(name, layer, one)
+    assert not fresh.texts
+    for hook in hooks:
+        hook.remove()
 
 
 def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(pipe: NestedAttentionPipeline) -> None:

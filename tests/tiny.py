@@ -1,11 +1,13 @@
 """Tiny real components: the architectures of SD and SDXL with random weights, and adapters for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,7 +29,7 @@ from transformers import (
 
 from nested_attention import Generation, NestedAttentionPipeline
 from nested_attention.adapters import Adapter, AdapterConfig
-from nested_attention.attention import LayerSubject
+from nested_attention.attention import LayerSubject, Text, plain
 from nested_attention.bases import BASES
 from nested_attention.condition import NestedCondition
 from nested_attention.encoder import ImageConfig, QFormerConfig
@@ -154,12 +156,14 @@ def pipeline(architecture: str, **changes) -> NestedAttentionPipeline:
 
 
 def step(
-    pipe: NestedAttentionPipeline, condition: NestedCondition | None = None, batch: int = 2, grid: tuple[int, int] = (16, 16)
-) -> torch.Tensor:
+    pipe: NestedAttentionPipeline, condition: NestedCondition | None = None, batch: int = 2, grid: tuple[int, int] = (16, 16),
+    states: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """What the U-Net says of fixed noise `(batch, 4, *grid)` and text states `(batch, 24, C)`."""
     torch.manual_seed(5)
     config = pipe.stock.unet.config
-    latents, states = torch.randn(batch, 4, *grid), torch.randn(batch, 24, config.cross_attention_dim)
+    latents, fixed = torch.randn(batch, 4, *grid), torch.randn(batch, 24, config.cross_attention_dim)
+    states = fixed if states is None else states
     added = None
     if config.addition_embed_type == "text_time":
         added = {"text_embeds": torch.randn(batch, WIDTH), "time_ids": torch.ones(batch, 6)}
@@ -176,3 +180,22 @@ def layers(subjects: Sequence[Subject]) -> dict[str, list[LayerSubject]]:
         for name, layer in subject.layer_subjects(columns).items():
             found.setdefault(name, []).append(layer)
     return found
+
+
+@contextmanager
+def plain_form() -> Iterator[list[int]]:
+    """Inside, layers compute the equation as it is written. Yields, layer by layer, how many rows of the batch had subjects."""
+    seen: list[int] = []
+
+    def attend(query: torch.Tensor, text: Text, subjects: Sequence[LayerSubject]) -> torch.Tensor:
+        stock = len(query) - text.rows
+        parts = [torch.nn.functional.scaled_dot_product_attention(query[:stock], text.key[:stock], text.value[:stock])]
+        if subjects:
+            seen.append(text.rows)
+            parts.append(plain(query[stock:], text.key[stock:], text.value[stock:], subjects))
+        return torch.cat(parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nested_attention.attention.fast", attend)
+        patch.setattr("nested_attention.condition.widened", lambda key, value, subjects, rows: Text(key, value, rows))
+        yield seen

@@ -1,7 +1,7 @@
 """How fast it is on this machine, and what the nested attention costs: `python -m nested_attention bench --scale sdxl`.
 
 `--scale storybook` times what a visitor waits for, and one U-Net step; `sd15` and `sdxl` one step of the full-size
-U-Net with random weights, stock and in every form, in turns of one block. Ratios to the stock step are what travels. Last come the
+U-Net with random weights, stock and in every form, which take turns. Ratios to the stock step are what travels. Last come the
 cross-attention layers alone: what subjects add to them, and where that goes.
 """
 

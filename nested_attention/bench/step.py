@@ -1,6 +1,5 @@
-"""One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, in turns of one block."""
+"""One step of a full-size U-Net with random weights: stock, ours, and the yardsticks, one after the other in turn."""
 
-import ctypes
 import random
 import statistics
 import sys
@@ -11,25 +10,22 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from nested_attention.adapters import cross_attention_layers
 from nested_attention.attention import LayerSubject, NestedAttnProcessor
 from nested_attention.bases import UNETS, unet_settings
-from nested_attention.bench.timing import wait_for_device
-from nested_attention.bench.turns import Turns, Work
+from nested_attention.bench.timing import seconds_of, wait_for_device
 from nested_attention.bench.yardsticks import DecoupledProcessor, DirectProcessor, randomize
 from nested_attention.condition import NestedCondition
+from nested_attention.heap import give_back_freed
 from nested_attention.loading import best_device, best_dtype
 from nested_attention.tracing import Recorder
 
 SCALES = "storybook", *UNETS
 LENGTH, COLUMNS = 77, (5, 9, 13, 17)  # text tokens, and where the subjects' words stand
 COUNTS, SIZES = (1, 2, 4), (16, 256, 1024)
-TOGETHER = 4  # steps beside a stock one at a time; more caches may not fit
 
 
 def build_unet(scale: str) -> UNet2DConditionModel:
@@ -61,7 +57,6 @@ class Bench:
             self.added = {"text_embeds": torch.randn(2, pooled, **self.like), "time_ids": torch.full((2, 6), 1024.0, **self.like)}
         self.layers = cross_attention_layers(self.unet)
         self.ours = dict(self.unet.attn_processors)
-        self.blocks = [block for block in self.unet.modules() if isinstance(block, BasicTransformerBlock | ResnetBlock2D)]
 
     @torch.no_grad()
     def step(self, condition: NestedCondition | None = None) -> None:
@@ -95,7 +90,7 @@ class Bench:
 
 
 def cache_megabytes(condition: NestedCondition) -> float:
-    return sum(x.numel() * x.element_size() for layer in condition.layers.values() for s in layer for x in (s.key, s.value)) / 1e6
+    return sum(x.nbytes for layer in condition.layers.values() for s in layer for x in (s.key, s.value)) / 1e6
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,12 @@ class Step:
     cache: float = 0.0
 
 
+@torch.no_grad()
 def ours(count: int, tokens: int, traced: bool, bench: Bench, number: int) -> Step:
     condition = bench.condition(count, tokens, traced)
+    if number:  # what a first step makes of the text and later ones find; not before the memory is measured, so that it counts there
+        for name, attention in bench.layers.items():
+            condition.text(name, attention, bench.states)
     if condition.recorder is not None:
         condition.recorder.step = number  # which layers are recorded depends on it
     return Step(lambda: bench.step(condition), bench.ours, cache_megabytes(condition))
@@ -136,46 +135,41 @@ VARIANTS: dict[str, Callable[[Bench, int], Step]] = {  # name -> what prepares i
 
 
 def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, its ratios to a stock step in the same turns, median, least and largest, peak memory and what it is
+    """Median seconds of a step, its ratios to the stock step of the same round, median, least and largest, peak memory and what it is
     above stock's, and the cache."""
-    chosen = [name for name in VARIANTS if name != "stock" and (not only or name in only)]
-    seconds: dict[str, list[float]] = {name: [] for name in ("stock", *chosen)}
-    ratios: dict[str, list[float]] = {name: [] for name in seconds}
+    names = ["stock", *(name for name in VARIANTS if name != "stock" and (not only or name in only))]
     peaks, caches = {}, {}
-    for name in seconds:  # alone, for its memory; made and dropped one after the other, since not all caches fit at once
-        step = VARIANTS[name](bench, 0)
-        bench.install(step.processors)
+    for name in names:  # made and dropped one after the other, since not all caches fit at once
+        step = prepared(bench, name, 0)
         peaks[name], caches[name] = peak_of(step.run) + step.cache, step.cache
         del step
     print("  each once, a warm-up", file=sys.stderr, flush=True)
+    rounds: list[dict[str, float]] = []
     for number in range(1, repeats + 1):
-        shuffled = random.Random(number).sample(chosen, len(chosen))
-        for start in range(0, max(1, len(shuffled)), TOGETHER):
-            taken = in_turns(bench, ["stock", *shuffled[start : start + TOGETHER]], number)
-            for name, value in taken.items():
-                seconds[name].append(value)
-                ratios[name].append(value / taken["stock"])
+        shuffled = random.Random(number).sample(names, len(names))  # no one always comes last
+        rounds.append({name: seconds_of(prepared(bench, name, number).run) for name in shuffled})
         print(f"  round {number} of {repeats}", file=sys.stderr, flush=True)
     bench.install()
-    return {
-        name: {
-            "seconds": statistics.median(values),
-            "ratio": statistics.median(ratios[name]),
-            "least": min(ratios[name]),
-            "largest": max(ratios[name]),
+    table: dict[str, dict[str, float]] = {}
+    for name in names:
+        ratios = [taken[name] / taken["stock"] for taken in rounds]
+        table[name] = {
+            "seconds": statistics.median(taken[name] for taken in rounds),
+            "ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "largest": max(ratios),
             "peak_mb": peaks[name],
             "extra_mb": peaks[name] - peaks["stock"],
             "cache_mb": caches[name],
         }
-        for name, values in seconds.items()
-    }
+    return table
 
 
-def in_turns(bench: Bench, names: list[str], number: int) -> dict[str, float]:
-    """The seconds of one step of each, all of them block by block."""
-    steps = {name: VARIANTS[name](bench, number) for name in random.Random(number).sample(names, len(names))}  # no one always comes last
-    works = {name: Work(step.run, partial(bench.install, step.processors)) for name, step in steps.items()}
-    return Turns(works, bench.blocks).run()
+def prepared(bench: Bench, name: str, number: int) -> Step:
+    """A variant for the round `number`, with its processors in their layers."""
+    step = VARIANTS[name](bench, number)
+    bench.install(step.processors)
+    return step
 
 
 def peak_of(step: Callable[[], None]) -> float:
@@ -195,7 +189,7 @@ def reset_peak(cuda: bool) -> float:
         return torch.cuda.memory_allocated() / 1e6
     clear = Path("/proc/self/clear_refs")
     if clear.exists():  # Linux
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before counts as held, and a step that needs it again seems to need none
+        give_back_freed()  # else what was freed before counts as held, and a step that needs it again seems to need none
         clear.write_text("5")  # resets the peak of resident memory
     return status_megabytes("VmRSS")
 

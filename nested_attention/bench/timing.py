@@ -13,15 +13,21 @@ def wait_for_device() -> None:
         torch.accelerator.synchronize()
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of one go, until the device is through with it."""
+    wait_for_device()
+    start = time.perf_counter()
+    work()
+    wait_for_device()
+    return time.perf_counter() - start
+
+
 def median_seconds(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The median duration of each after one warm-up; they take turns, so that a slow moment of the machine meets all."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats + 1):
         for name, work in works.items():
-            wait_for_device()
-            start = time.perf_counter()
-            work()
-            wait_for_device()
+            seconds = seconds_of(work)
             if number:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -16,6 +16,7 @@ from nested_attention import Generation, NestedAttentionError, NestedAttentionPi
 from nested_attention.bases import Base
 from nested_attention.estimate import estimate
 from nested_attention.faces import Face, Framed, find_faces, frame
+from nested_attention.heap import give_back_freed
 from nested_attention.images import read_image
 from nested_attention.loading import base_folder, known_base
 from nested_attention.prompts import placeholders, slot_names
@@ -81,6 +82,7 @@ class Studio:
         self.session(key).turn_to(self.pipe)
         self._other = None
         gc.collect()
+        give_back_freed()
 
     def _shortage(self, preset: Base, adapter: str | None) -> str | None:
         """What to say where a CPU has too little memory for a model: the system would end the app for everybody. A GPU has its ladder."""
