@@ -14,19 +14,15 @@ softmax and a_s its column, out = A V' + sum_s strength * a_s * v~, where V' is 
 picture, since none of it depends on the step. A test holds the two forms to each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
 from nested_attention.products import attended
-
-if TYPE_CHECKING:
-    from nested_attention.condition import NestedCondition
 
 ValueNorm = Literal["none", "full", "head"]
 
@@ -145,63 +141,13 @@ def widened(key: Tensor, value: Tensor, subjects: Sequence[LayerSubject], rows: 
 
 def fast(query: Tensor, text: Text, subjects: Sequence[LayerSubject]) -> Tensor:
     """The same as `plain` by fused attention, given the `text` that is `widened` for these subjects; nothing of size HW x L x d exists."""
+    if not subjects:
+        return F.scaled_dot_product_attention(query, text.key, text.value)
     d = query.shape[-1]
     out = attended(F.pad(query, (0, text.key.shape[-1] - d), value=1.0), text.key, text.value, scale=d**-0.5)
-    if not subjects:
-        return out
     out, shares = out[..., :d].transpose(1, 2).contiguous().transpose(1, 2), out[-text.rows :, ..., d:]
     personal, query = out[-text.rows :], query[-text.rows :]
     for subject, share in zip(subjects, shares.split(1, -1), strict=False):  # zeros are behind the last one
         nested = nested_values(query, subject)
         personal.addcmul_(subject.over_norm(share, nested), nested)
     return out
-
-
-def in_slices(attend: Callable[[Tensor], Tensor], query: Tensor, size: int | None) -> Tensor:
-    """`attend(query)` for `size` of the queries `(B, heads, HW, d)` at a time: the same result in less memory."""
-    parts = [attend(part) for part in query.split(size or query.shape[2], 2)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def split_heads(attention: Attention, states: Tensor) -> Tensor:
-    """`(B, n, heads * d)` -> `(B, heads, n, d)`."""
-    return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-
-def keys_and_values(attention: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's own, of `states (B, n, C)`: each `(B, heads, n, d)`."""
-    return split_heads(attention, attention.to_k(states)), split_heads(attention, attention.to_v(states))
-
-
-class NestedAttnProcessor(AttnProcessor2_0):
-    """Attention of one layer: stock unless the request carries a `NestedCondition` with subjects for this layer.
-
-    It is installed in every layer, self-attention too, since diffusers hands `cross_attention_kwargs` to all of them.
-    """
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name  # the layer's name in `unet.attn_processors`
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        nested: "NestedCondition | None" = None,
-    ) -> Tensor:
-        subjects = nested.subjects(self.name) if nested is not None and encoder_hidden_states is not None else ()
-        size = None if nested is None else nested.slice
-        if not subjects and size is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = split_heads(attn, attn.to_q(hidden_states))
-        if nested is not None and subjects:
-            text = nested.text(self.name, attn, states)
-            nested.record(self.name, attn, query, states)
-        else:
-            text = widened(*keys_and_values(attn, states), subjects)
-        out = in_slices(lambda part: fast(part, text, subjects), query, size)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype)))

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from nested_attention.attention import LayerSubject, Text, keys_and_values, widened
+from nested_attention.attention import LayerSubject, Text, widened
 from nested_attention.tracing import Recorder
 
 
@@ -44,7 +44,18 @@ class NestedCondition:
         return text
 
     def record(self, layer: str, attention: Attention, query: Tensor, states: Tensor) -> None:
-        """Shows the conditional rows of a layer to the recorder, if there is one: `query (B, heads, HW, d)`, text `states (B, L, C)`."""
-        if self.recorder is not None:
+        """Shows the conditional rows of a layer with subjects to the recorder, if there is one: `query (B, heads, HW, d)`, text `states (B, L, C)`."""
+        subjects = self.subjects(layer)
+        if self.recorder is not None and subjects:
             rows = states[-self.rows :]
-            self.recorder.record(layer, query[-self.rows :], lambda: keys_and_values(attention, rows), self.subjects(layer))
+            self.recorder.record(layer, query[-self.rows :], lambda: keys_and_values(attention, rows), subjects)
+
+
+def split_heads(attention: Attention, states: Tensor) -> Tensor:
+    """`(B, n, heads * d)` -> `(B, heads, n, d)`."""
+    return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def keys_and_values(attention: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's own, of `states (B, n, C)`: each `(B, heads, n, d)`."""
+    return split_heads(attention, attention.to_k(states)), split_heads(attention, attention.to_v(states))

@@ -18,7 +18,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from nested_attention.adapters import Adapter, cross_attention_layers
-from nested_attention.attention import NestedAttnProcessor
 from nested_attention.bases import Base
 from nested_attention.condition import NestedCondition
 from nested_attention.encoding import ImageEncoders, encode_subject
@@ -27,6 +26,7 @@ from nested_attention.images import ImageSource, read_image
 from nested_attention.loading import best_dtype, load_adapters, load_base, usable_device
 from nested_attention.memory import LADDER, choose, free_gigabytes, is_out_of_memory, rungs, settle, spoken_shortage, too_little
 from nested_attention.preview import clean_idea, preview
+from nested_attention.processor import NestedAttnProcessor
 from nested_attention.prompts import PLACEHOLDER, Prompt, fill
 from nested_attention.settings import MAX_SUBJECTS, Settings, check_pictures
 from nested_attention.subjects import Subject, SubjectCache

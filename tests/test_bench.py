@@ -29,7 +29,14 @@ def test_every_form_is_timed_and_leaves_no_trace(architecture: str) -> None:
     bench = Bench(tiny.pipeline(architecture).stock.unet)
     table = step_table(bench, 1, None)
     sizes = [f"ours, {count} x {tokens}" for count in (1, 2, 4) for tokens in (16, 256, 1024)]
-    assert list(table) == ["stock", *sizes, "ours, 1 x 1024, traced", "direct form, 1 x 1024", "decoupled cross-attention, 16"]
+    assert list(table) == [
+        "stock",
+        "ours, no subject",
+        *sizes,
+        "ours, 1 x 1024, traced",
+        "direct form, 1 x 1024",
+        "decoupled cross-attention, 16",
+    ]
     assert table["stock"]["ratio"] == 1 and table["stock"]["cache_mb"] == 0
     assert 0 < table["ours, 4 x 16"]["cache_mb"] == pytest.approx(4 * table["ours, 1 x 16"]["cache_mb"])
     assert step_table(bench, 1, ["ours, 1 x 16"]).keys() == {"stock", "ours, 1 x 16"}
@@ -84,7 +91,7 @@ def test_the_command_prints_and_writes_what_it_measured(monkeypatch: pytest.Monk
     said, written = capsys.readouterr().out, json.loads((tmp_path / "sd15.json").read_text())
     assert "direct form, 1 x 1024" in said and f"sd15 on {written['device']}, {written['dtype']}, torch" in said
     assert written["dtype"] == str(best_dtype(best_device())).removeprefix("torch.")
-    assert "all cross-attention layers, alone" in said and written["layers"]["ours, 1 x 256"].keys() == {"added", "nested"}
+    assert "all cross-attention layers, alone" in said and written["layers"]["ours, 1 x 256"].keys() == {"added", "subjects", "nested"}
     row = written["step"]["stock"]
     assert written["scale"] == "sd15" and row.keys() == {"seconds", "ratio", "least", "largest", "peak_mb", "extra_mb", "cache_mb"}
 

@@ -30,7 +30,7 @@ from tests.tiny import pixels
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
 
-@pytest.mark.parametrize(("free", "rung"), [(24.0, 0), (10.0, 1), (9.0, 2), (7.0, 3), (0.5, 3)])
+@pytest.mark.parametrize(("free", "rung"), [(24.0, 0), (10.5, 1), (9.0, 2), (7.0, 3), (0.5, 3)])
 def test_the_first_rung_that_fits_is_chosen(free: float, rung: int) -> None:
     assert choose(BASES["sdxl"], free, CUDA, torch.float16) == rung
     assert choose(BASES["sdxl"], 2 * free, CUDA, torch.float32) == rung
@@ -70,7 +70,7 @@ class Held(TorchDispatchMode):
 
 @pytest.mark.parametrize(("number", "side"), [(0, 1024), (1, TILE)])
 def test_what_decoding_takes_is_that_of_the_real_shapes(number: int, side: int) -> None:
-    """Of one picture, or one tile of it, however many pictures there are."""
+    """Of one picture, or one tile of it, however many pictures there are. Three tensors of five: cuDNN's two cannot be seen here."""
     stock = tiny.stock("sdxl")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2}
     with META:
@@ -80,14 +80,14 @@ def test_what_decoding_takes_is_that_of_the_real_shapes(number: int, side: int) 
     LADDER[number].place(stock, META)
     with Held() as held:
         assert stock.vae.decode(torch.empty(2, 4, 128, 128, device=META)).sample.shape == (2, 3, 1024, 1024)
-    assert held.peak / 1e9 == pytest.approx(DECODE * side**2, rel=0.15)
+    assert held.peak / 1e9 == pytest.approx(3 / 5 * DECODE * side**2, rel=0.15)
 
 
 def test_a_large_picture_counts_where_it_is_decoded_whole() -> None:
     sdxl, half = BASES["sdxl"], torch.float16
-    assert needed(sdxl, LADDER[0], half) == pytest.approx(sdxl.gigabytes + sdxl.subject_gigabytes + 3.2, abs=0.05)
-    assert choose(sdxl, 11.0, CUDA, half) == 1 and choose(sdxl, 12.0, CUDA, half) == 0
-    assert needed(sdxl, LADDER[0], torch.float32) == pytest.approx(2 * (1.25 * sdxl.gigabytes + sdxl.subject_gigabytes))
+    assert needed(sdxl, LADDER[0], half) == pytest.approx(sdxl.gigabytes + sdxl.subject_gigabytes + 5.37, abs=0.05)
+    assert choose(sdxl, 13.0, CUDA, half) == 1 and choose(sdxl, 14.0, CUDA, half) == 0
+    assert needed(sdxl, LADDER[0], torch.float32) == pytest.approx(2 * (sdxl.gigabytes + sdxl.subject_gigabytes) + 5.37, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -103,10 +103,10 @@ def test_sizes_of_adapters_and_subjects_are_those_of_the_released_shape(name: st
     assert BASES[name].subject_gigabytes == pytest.approx(2 * (632e6 + cache) / 1e9, abs=0.05)
 
 
-def test_every_rung_needs_less_than_the_one_before() -> None:
-    for base in BASES.values():
-        takes = [needed(base, rung, torch.float16) for rung in LADDER]
-        assert takes == sorted(takes, reverse=True) and len(set(takes)) == len(LADDER)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_every_rung_needs_less_than_the_one_before(name: str) -> None:
+    takes = [needed(BASES[name], rung, torch.float16) for rung in LADDER]
+    assert takes == sorted(takes, reverse=True) and len(set(takes)) == len(LADDER)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
@@ -102,6 +103,32 @@ def test_what_a_layer_makes_of_the_text_is_made_once(pipe: NestedAttentionPipeli
     assert not fresh.texts
     for hook in hooks:
         hook.remove()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed inside; looking at a tensor in another way is nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_subject_adds_few_operations_to_a_layer(architecture: str) -> None:
+    """A fast GPU waits for each of them to be asked for, however little it computes."""
+    pipe = tiny.pipeline(architecture, value_norm="full")
+    subjects = [pipe.encode("person", photo(k), f"<person{k}>") for k in range(4)]
+    states = torch.randn(2, 24, pipe.stock.unet.config.cross_attention_dim)
+    counts = []
+    for condition in (None, *(NestedCondition(1, tiny.layers(subjects[:count])) for count in (1, 2, 4))):
+        tiny.step(pipe, condition, states=states)
+        with Operations() as seen:
+            tiny.step(pipe, condition, states=states)
+        counts.append(seen.count)
+    added = [(count - counts[0]) / len(cross_attention_layers(pipe.stock.unet)) for count in counts[1:]]
+    assert added[0] <= 5 and added[1] <= 10 and added[2] <= 20
 
 
 def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(pipe: NestedAttentionPipeline) -> None:

@@ -188,7 +188,7 @@ def plain_form() -> Iterator[list[int]]:
     seen: list[int] = []
 
     def attend(query: torch.Tensor, text: Text, subjects: Sequence[LayerSubject]) -> torch.Tensor:
-        stock = len(query) - text.rows
+        stock = len(query) - text.rows if subjects else len(query)
         parts = [torch.nn.functional.scaled_dot_product_attention(query[:stock], text.key[:stock], text.value[:stock])]
         if subjects:
             seen.append(text.rows)
@@ -196,6 +196,6 @@ def plain_form() -> Iterator[list[int]]:
         return torch.cat(parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nested_attention.attention.fast", attend)
+        patch.setattr("nested_attention.processor.fast", attend)
         patch.setattr("nested_attention.condition.widened", lambda key, value, subjects, rows: Text(key, value, rows))
         yield seen

@@ -20,8 +20,8 @@ REPEATS = 15
 
 @torch.no_grad()
 def layer_table(bench: Bench, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
-    """Seconds that subjects add to all cross-attention layers of a step, and how much of it is the nested attention itself:
-    its two products and its softmax."""
+    """Seconds that subjects add to all cross-attention layers of a step, over stock ones (`added`) and over ours without a subject
+    (`subjects`), and how much of it is the nested attention itself, its two products and its softmax (`nested`)."""
     bench.install()
     lengths = query_lengths(bench.unet)
     alike: dict[tuple[int, int, int], list[str]] = {}  # layers of one shape
@@ -29,20 +29,25 @@ def layer_table(bench: Bench, repeats: int = REPEATS) -> dict[str, dict[str, flo
         alike.setdefault((lengths[name], attention.heads, attention.to_q.in_features), []).append(name)
     table: dict[str, dict[str, float]] = {}
     for count, tokens in SUBJECTS:
-        condition = bench.condition(count, tokens)
-        total = {"stock": 0.0, "ours": 0.0, "nested": 0.0}
+        condition, empty = bench.condition(count, tokens), bench.condition(0, 0)
+        total = {"stock": 0.0, "none": 0.0, "ours": 0.0, "nested": 0.0}
         for (length, _, width), names in alike.items():
             attention, subjects = bench.layers[names[0]], condition.layers[names[0]]
             hidden = torch.randn(2, length, width, **bench.like)
             query = attention.to_q(hidden[:1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (1, heads, HW, d)
             works: dict[str, Callable[[], object]] = {
                 "stock": partial(attention, hidden, bench.states),
+                "none": partial(attention, hidden, bench.states, nested=empty),
                 "ours": partial(attention, hidden, bench.states, nested=condition),
                 "nested": partial(all_nested_values, query, subjects),
             }
             for name, seconds in median_seconds(works, repeats).items():
                 total[name] += len(names) * seconds
-        table[f"ours, {count} x {tokens}"] = {"added": total["ours"] - total["stock"], "nested": total["nested"]}
+        table[f"ours, {count} x {tokens}"] = {
+            "added": total["ours"] - total["stock"],
+            "subjects": total["ours"] - total["none"],
+            "nested": total["nested"],
+        }
     return table
 
 
