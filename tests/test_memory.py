@@ -103,10 +103,11 @@ def test_sizes_of_adapters_and_subjects_are_those_of_the_released_shape(name: st
     assert BASES[name].subject_gigabytes == pytest.approx(2 * (632e6 + cache) / 1e9, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_every_rung_needs_less_than_the_one_before(name: str) -> None:
+@pytest.mark.parametrize(("name", "sizes"), [("sd15", 3), ("sdxl", 4)])
+def test_every_rung_needs_less_than_the_one_before(name: str, sizes: int) -> None:
+    """But for SD 1.5, whose pictures are one tile."""
     takes = [needed(BASES[name], rung, torch.float16) for rung in LADDER]
-    assert takes == sorted(takes, reverse=True) and len(set(takes)) == len(LADDER)
+    assert takes == sorted(takes, reverse=True) and len(set(takes)) == sizes
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
