@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nested_attention.attention import ValueNorm
+from nested_attention.attention import ValueNorm, split_heads
 from nested_attention.encoder import ImageConfig, QFormer, QFormerConfig
 from nested_attention.errors import NestedAttentionError, get_back
 from nested_attention.files import is_there, replaced
@@ -89,7 +89,7 @@ class NestedLayer(nn.Module):
     def forward(self, tokens: Tensor) -> KeyValue:
         """Tokens `(B, N, C)` -> keys and values `(B, heads, N, d)`, laid out as attention reads them at every step."""
         projected = self.to_k(tokens), self.to_v(tokens)
-        key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous() for x in projected)
+        key, value = (split_heads(x, self.heads).contiguous() for x in projected)
         return key, value
 
 

@@ -77,6 +77,11 @@ class LayerSubject:
         return self.columns * self.token_weight.log()
 
 
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """`(B, n, heads * d)` -> `(B, heads, n, d)`."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def attention_logits(query: Tensor, key: Tensor) -> Tensor:
     """How well each of `n` keys answers each query, before the softmax: `(B, heads, HW, n)`."""
     return query * query.shape[-1] ** -0.5 @ key.mT

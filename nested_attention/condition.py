@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from nested_attention.attention import LayerSubject, Text, widened
+from nested_attention.attention import LayerSubject, Text, split_heads, widened
 from nested_attention.tracing import Recorder
 
 
@@ -27,7 +27,7 @@ class NestedCondition:
     layers: Mapping[str, Sequence[LayerSubject]]
     recorder: Recorder | None = None
     slice: int | None = None
-    texts: dict[str, tuple[Tensor, Text]] = field(default_factory=dict)
+    texts: dict[str, tuple[Tensor, Text]] = field(init=False, default_factory=dict)
 
     def subjects(self, layer: str) -> Sequence[LayerSubject]:
         return self.layers.get(layer, ())
@@ -51,11 +51,6 @@ class NestedCondition:
             self.recorder.record(layer, query[-self.rows :], lambda: keys_and_values(attention, rows), subjects)
 
 
-def split_heads(attention: Attention, states: Tensor) -> Tensor:
-    """`(B, n, heads * d)` -> `(B, heads, n, d)`."""
-    return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-
 def keys_and_values(attention: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's own, of `states (B, n, C)`: each `(B, heads, n, d)`."""
-    return split_heads(attention, attention.to_k(states)), split_heads(attention, attention.to_v(states))
+    return split_heads(attention.to_k(states), attention.heads), split_heads(attention.to_v(states), attention.heads)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from nested_attention.attention import split_heads
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
@@ -45,7 +47,7 @@ class PerceiverAttention(nn.Module):
         """Queries `(B, heads, N, d)`; keys and values `(B, heads, P + N, d)`."""
         features, latents = self.norm_features(features), self.norm_latents(latents)
         key, value = self.to_kv(torch.cat([features, latents], 1)).chunk(2, -1)
-        split = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value))
+        split = (split_heads(x, self.heads) for x in (self.to_q(latents), key, value))
         query, key, value = split
         return query, key, value
 

@@ -17,9 +17,7 @@ from nested_attention.bases import Base
 from nested_attention.errors import NestedAttentionError
 
 WORKING = 0.25  # what a step needs besides the weights, relative to the weights of the base
-DECODE = (
-    5 * 256 * 4e-9
-)  # gigabytes a pixel: the last stage of SD's and SDXL's VAE holds three float32 tensors of 256 channels, cuDNN two more
+DECODE = 5 * 256 * 4e-9  # gigabytes a pixel: of float32 with 256 channels SD's and SDXL's VAE holds three tensors at last, cuDNN two more
 SLICE = 1024  # queries that attend at a time
 TILE = 512  # pixels a side that the VAE decodes at a time; SD 1.5 was made for that many, so that its usual pictures stay whole
 

@@ -6,8 +6,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from nested_attention.attention import LayerSubject, fast, widened
-from nested_attention.condition import NestedCondition, keys_and_values, split_heads
+from nested_attention.attention import LayerSubject, Text, fast, split_heads
+from nested_attention.condition import NestedCondition, keys_and_values
 
 
 class NestedAttnProcessor(AttnProcessor2_0):
@@ -31,15 +31,15 @@ class NestedAttnProcessor(AttnProcessor2_0):
     ) -> Tensor:
         if nested is None or (encoder_hidden_states is None and nested.slice is None):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        query = split_heads(attn, attn.to_q(hidden_states))
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
         if encoder_hidden_states is None:
             subjects: Sequence[LayerSubject] = ()
-            text = widened(*keys_and_values(attn, hidden_states), subjects)
+            text = Text(*keys_and_values(attn, hidden_states), 0)
         else:
             subjects, text = nested.subjects(self.name), nested.text(self.name, attn, encoder_hidden_states)
             nested.record(self.name, attn, query, encoder_hidden_states)
         out = in_slices(lambda part: fast(part, text, subjects), query, nested.slice)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype)))
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
 def in_slices(attend: Callable[[Tensor], Tensor], query: Tensor, size: int | None) -> Tensor:

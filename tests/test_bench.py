@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nested_attention.__main__ import main
-from nested_attention.attention import LayerSubject
+from nested_attention.attention import LayerSubject, split_heads
 from nested_attention.bases import UNETS
 from nested_attention.bench.layers import layer_table, query_lengths
 from nested_attention.bench.step import COLUMNS, LENGTH, Bench, step_table
@@ -74,7 +74,7 @@ def test_the_direct_form_is_the_equation() -> None:
     layers = {}
     for name, attention in bench.layers.items():
         of_layer = bench.unet.attn_processors[name].layer
-        key, value = (to(of_layer.tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for to in (of_layer.to_k, of_layer.to_v))
+        key, value = (split_heads(to(of_layer.tokens), attention.heads) for to in (of_layer.to_k, of_layer.to_v))
         layers[name] = [LayerSubject(columns, key, value, one, one, one)]
     bench.install()
     with tiny.plain_form():

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from nested_attention import Cancelled, NestedAttentionError, NestedAttentionPipeline, Progress, SubjectCache, trace
 from nested_attention.adapters import cross_attention_layers
+from nested_attention.attention import LayerSubject, nested_values
 from nested_attention.condition import NestedCondition
 from nested_attention.pipeline import Generation, own_copy
 from nested_attention.prompts import Prompt, fill
@@ -79,10 +80,20 @@ def test_a_step_is_the_same_in_both_forms(pipe: NestedAttentionPipeline, count: 
         torch.testing.assert_close(tiny.step(pipe, NestedCondition(rows, layers), batch, grid), fast, atol=1e-5, rtol=1e-5)
 
 
-def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline) -> None:
+def test_unconditional_half_is_untouched(pipe: NestedAttentionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees no subject at all, and nothing nested is computed for it."""
     stock, ours = (tiny.step(pipe, made, 4) for made in (None, NestedCondition(2, tiny.layers(both(pipe)))))
     torch.testing.assert_close(stock[:2], ours[:2], atol=1e-5, rtol=1e-5)
     assert (stock[2:] - ours[2:]).abs().max() > 1e-3
+    seen: list[int] = []
+
+    def counted(query: torch.Tensor, subject: LayerSubject) -> torch.Tensor:
+        seen.append(len(query))
+        return nested_values(query, subject)
+
+    monkeypatch.setattr("nested_attention.attention.nested_values", counted)
+    pipe(PROMPT, both(pipe), steps=1, num_images=3, guidance_scale=5.0)
+    assert set(seen) == {3}
 
 
 def test_what_a_layer_makes_of_the_text_is_made_once(pipe: NestedAttentionPipeline) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nested_attention.adapters import cross_attention_layers, read_weights, save_adapter
-from nested_attention.attention import attention_logits
+from nested_attention.attention import attention_logits, split_heads
 from train.adapter import Job
 from train.loop import Batch, LoopConfig, Task, fit
 from train.objective import Diffusion, FlowObjective
@@ -67,7 +67,7 @@ class KeysLesson(nn.Module):
             tokens = self.model.adapter.qformer(features.float())
         logits = []
         for name, (key, _) in self.model.adapter.project(tokens).items():
-            query = self.queries.pop(name).unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+            query = split_heads(self.queries.pop(name), key.shape[1])
             logits.append(attention_logits(query, key))
         return logits
 

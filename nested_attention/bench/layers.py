@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from nested_attention.attention import LayerSubject, nested_values
+from nested_attention.attention import LayerSubject, nested_values, split_heads
 from nested_attention.bench.step import Bench
 from nested_attention.bench.timing import median_seconds
 
@@ -34,7 +34,7 @@ def layer_table(bench: Bench, repeats: int = REPEATS) -> dict[str, dict[str, flo
         for (length, _, width), names in alike.items():
             attention, subjects = bench.layers[names[0]], condition.layers[names[0]]
             hidden = torch.randn(2, length, width, **bench.like)
-            query = attention.to_q(hidden[:1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (1, heads, HW, d)
+            query = split_heads(attention.to_q(hidden[:1]), attention.heads)  # (1, heads, HW, d)
             works: dict[str, Callable[[], object]] = {
                 "stock": partial(attention, hidden, bench.states),
                 "none": partial(attention, hidden, bench.states, nested=empty),

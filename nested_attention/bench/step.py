@@ -169,13 +169,13 @@ def step_table(bench: Bench, repeats: int, only: list[str] | None) -> dict[str, 
 
 def one_round(bench: Bench, names: list[str], number: int) -> dict[str, float]:
     """Seconds of a step of each of `names`, in an order of chance; of the stock one the mean, since it is what all are compared to."""
-    stock: list[float] = []
+    beside: list[float] = []
     taken: dict[str, float] = {}
     order = random.Random(number).sample(names, len(names))
     for start in range(0, max(1, len(order)), OFTEN):
-        stock.append(seconds_of(prepared(bench, "stock", number).run))
+        beside.append(seconds_of(prepared(bench, "stock", number).run))
         taken |= {name: seconds_of(prepared(bench, name, number).run) for name in order[start : start + OFTEN]}
-    return {"stock": statistics.mean(stock), **taken}
+    return {"stock": statistics.mean(beside), **taken}
 
 
 def prepared(bench: Bench, name: str, number: int) -> Step:

@@ -5,6 +5,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nested_attention.attention import split_heads
+
 
 class Yardstick(nn.Module):
     """A layer's own projection of the subject's tokens, done anew at every step."""
@@ -25,7 +27,7 @@ class Yardstick(nn.Module):
             self.to_k(tokens),
             self.to_v(tokens),
         )
-        return [state.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for state in states]
+        return [split_heads(state, attn.heads) for state in states]
 
 
 class DirectProcessor:
